@@ -1,0 +1,31 @@
+"""One module per stage: read, call, write. Paths come from dvc.yaml as arguments."""
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from wmtp import params, progress
+from wmtp.tracking import stage_run
+
+
+def run(work: Callable[..., dict[str, Any] | None]) -> None:
+    """Calls `work(params, track, *arguments)`; its result is the stage's summary for the tracker.
+
+    A fault that names itself (a wrong value, file or number) is one line on stderr and exit code 1; anything else is a traceback.
+    """
+    stage, debug = os.environ.get("DVC_STAGE", Path(sys.argv[0]).stem), False
+    try:
+        view = params.load()
+        debug = view.log_level == "debug"
+        progress.set_level(view.log_level)
+        tracked = {key: value for key, value in view.declared().items() if key not in params.OPERATIONAL}
+        with stage_run(stage, tracked, view.tracking.enabled, view.tracking.tags) as track:
+            track.summary(work(view, track, *sys.argv[1:]) or {})
+    except (ValueError, OSError, ArithmeticError) as error:
+        if debug:
+            raise
+        sys.exit(f"{stage}: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)

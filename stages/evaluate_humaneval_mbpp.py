@@ -1,0 +1,29 @@
+"""python -m stages.evaluate_humaneval_mbpp COMPLETIONS PROBLEMS VERDICTS METRICS: every completion judged, pass@k with its error."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from stages import run
+from wmtp import benchmarks, judge, verdicts
+from wmtp.records import Completion, Problem, read_jsonl, write_jsonl, write_text
+
+
+def work(params: Any, track: Any, completions: str, folder: str, out: str, metrics: str) -> dict[str, Any]:
+    settings = params.evaluation
+    limits = judge.Limits(settings.cpu_seconds, settings.wall_seconds, settings.memory_mb)
+    found, figures, judged = list(read_jsonl(completions, Completion)), {}, []
+    for name in benchmarks.NAMES:
+        problems = list(read_jsonl(Path(folder) / f"{name}.jsonl", Problem))[: settings.max_problems]
+        own = [completion for completion in found if completion.benchmark == name]
+        protocol = benchmarks.protocol_of(name, settings)
+        own_verdicts = verdicts.verdicts_of(own, {problem.task_id: problem for problem in problems}, protocol, limits, settings.workers)
+        figures[name] = verdicts.metrics_of(own_verdicts, own, protocol, settings.ks)
+        judged += own_verdicts
+    write_jsonl(out, judged)
+    write_text(metrics, json.dumps(figures, indent=2) + "\n")
+    return {f"{name}.{key}": value for name in figures for key, value in figures[name].items() if isinstance(value, int | float)}
+
+
+if __name__ == "__main__":
+    run(work)

@@ -1,0 +1,20 @@
+"""python -m stages.fetch_data OUT: codecontests, functions, humaneval and mbpp under OUT, from wherever source.data says."""
+
+from pathlib import Path
+from typing import Any
+
+from stages import run
+from wmtp import raw_data, synthetic
+
+
+def work(params: Any, track: Any, out: str) -> dict[str, Any]:
+    source = params.source.data
+    if source.kind == "synthetic":
+        return synthetic.generate(Path(out), seed=params.seed, **source.model_dump(exclude={"kind"}))
+    if source.kind == "local":
+        return raw_data.copy_folders(Path(source.path), source.folders.model_dump(), Path(out))
+    return raw_data.download(Path(out), **source.model_dump(exclude={"kind"}))
+
+
+if __name__ == "__main__":
+    run(work)

@@ -1,0 +1,34 @@
+"""python -m stages.prepare_and_validate_datasets RAW TOKENIZER_BUNDLE OUT REPORT: records, splits, tokens, validation report."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from stages import run
+from wmtp import judge, raw_data, splits, tokens
+from wmtp.records import write_jsonl, write_text
+
+
+def work(params: Any, track: Any, raw: str, bundle: str, out: str, report: str) -> dict[str, Any]:
+    corpus = raw_data.read_raw(Path(raw))
+    parts = splits.assign(corpus.training, params.data.splits.model_dump(), params.seed, params.data.max_problems)
+    tokenizer = tokens.Tokenizer(bundle)
+    figures: dict[str, Any] = {"dropped": dict(corpus.dropped)}
+    counts = {}
+    for name, part in parts.items():
+        rows, dropped = tokens.encode_split(tokenizer, part, corpus.solutions, params.data.template, params.data.max_length)
+        counts[name] = tokens.write_split(Path(out) / name, rows, part)
+        figures[name] = {**counts[name], "dropped": dropped}
+    limits = judge.Limits(params.evaluation.cpu_seconds, params.evaluation.wall_seconds, params.evaluation.memory_mb)
+    for name, benchmark in corpus.benchmarks.items():
+        write_jsonl(Path(out) / "benchmarks" / f"{name}.jsonl", benchmark)
+        checked = judge.self_check(benchmark, limits, params.evaluation.workers)
+        figures[name] = {"problems": len(benchmark), "references_passed": checked["n_passed"], "references_failed": checked["failed"]}
+    splits.check_disjoint(parts, corpus.benchmarks)
+    tokens.write_manifest(Path(out), tokenizer, params.data.template, counts)
+    write_text(report, json.dumps(figures, indent=2) + "\n")
+    return {f"{name}.{key}": value for name in counts for key, value in counts[name].items()}
+
+
+if __name__ == "__main__":
+    run(work)

@@ -1,0 +1,27 @@
+"""python -m stages.score_critic CRITIC PROCESSED OUT: the critic's value at every token of the policy's data."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from stages import run
+from wmtp import scoring
+from wmtp.critic import critic_sha256, load_critic
+from wmtp.tokens import TokenData, check_same_tokenizer
+from wmtp.world import joined
+
+
+def work(params: Any, track: Any, model: str, processed: str, out: str) -> None:
+    with joined(params.run.device) as world:
+        data = TokenData(processed, "policy")
+        check_same_tokenizer(data.tokenizer_sha256, Path(model) / "trunk", "the critic")
+        critic = load_critic(model, device=world.device, dtype=getattr(torch, params.run.dtype)).eval()
+        score = scoring.critic_value(critic)
+        passed = json.loads((Path(model) / "gate.json").read_text())["passed"]
+        scoring.score_split(score, data, critic_sha256(model), Path(out), world, params.optimizer.micro_batch_tokens, passed)
+
+
+if __name__ == "__main__":
+    run(work)

@@ -1,0 +1,44 @@
+"""python -m stages.train METHOD START PROCESSED SIGNAL OUT LOG REPORT: one method's policy; SIGNAL is its scores, or '-' for none."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from stages import run
+from wmtp import train
+from wmtp.bundle import bundle_sha256
+from wmtp.checkpoint import save_model
+from wmtp.model import load_bundle
+from wmtp.policy import policy_objective, policy_signal
+from wmtp.records import write_text
+from wmtp.tokens import TokenData, check_same_tokenizer
+from wmtp.world import joined
+
+
+def work(params: Any, track: Any, method: str, start: str, processed: str, signal: str, out: str, log: str, report: str) -> dict[str, Any]:
+    settings, training = params.methods[method], params.training
+    with joined(params.run.device) as world:
+        data = TokenData(processed, "policy")
+        check_same_tokenizer(data.tokenizer_sha256, start, "policy.start")
+        model = load_bundle(start, n_future=settings.n_future, dtype=getattr(torch, params.run.dtype), device=world.device)
+        objective = policy_objective(method, settings, lambda: training.beta)
+        signal_of, inputs = policy_signal(method, signal, data, lambda: params.critic.gate.train_anyway)
+        plan = train.Plan(
+            data, data.correct_rows(), training.batch_rows, training.n_epochs, training.learning_rate, training.seed, signal_of,
+            training.log_every, params.run.checkpoint_every,
+        )  # fmt: skip
+        inputs |= {"start": bundle_sha256(start), "data": data.sha256}
+        records = train.fit_or_resume(model, objective, plan, params, world, stage=f"train-{method}", inputs=inputs, on_log=track.log)
+        figures = train.account(model, plan, records[-1])
+        figures |= train.validation(model, TokenData(processed, "validation"), world, params.optimizer.micro_batch_tokens)
+        save_model(model, Path(start), Path(out), world, {"stage": "train", "method": method, "n_steps": plan.n_steps})
+        if world.is_first:
+            train.write_log(Path(log), records)
+            write_text(report, json.dumps(figures, indent=2) + "\n")
+    return figures
+
+
+if __name__ == "__main__":
+    run(work)

@@ -1,0 +1,502 @@
+"""Verdicts: right programs pass, whatever their habits; wrong ones never do, whatever they try."""
+
+import gzip
+import json
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from wmtp import judge as judging
+from wmtp.judge import Limits, judge, self_check, tier
+from wmtp.records import VERDICTS, AssertTests, CallTests, CheckTests, Problem, StdioTests
+
+DATASETS = Path(__file__).parents[2] / "shared" / "datasets"
+LIMITS = Limits(cpu_seconds=1.0, wall_seconds=3.0, memory_mb=256, output_bytes=1 << 20)
+
+
+def problem(tests, task_id="task", **fields):
+    return Problem(task_id=task_id, source="mbpp", group=task_id, statement="", tests=tests, **fields)
+
+
+ASSERTS = problem(AssertTests(asserts=["assert add(1, 2) == 3", "assert add([5], [6]) == [5, 6]", "assert add(b=1, a=0.5) == 1.5"]))
+CHECK = problem(
+    CheckTests(test="def check(candidate):\n    assert candidate(1, 2) == 3\n    assert candidate('a', 'b') == 'ab'\n", entry_point="add")
+)
+CALLS = problem(CallTests(setup="from math import pi\nTEN = 10\n", calls=["add(TEN, 5)", "add([1], [])"], expected=["15", "[1]"]))
+STDIO = problem(StdioTests(inputs=["1 2\n", "5 6\n"], outputs=["3\n", "11\n"], checker="exact"))
+FUNCTIONS = {"asserts": ASSERTS, "check": CHECK, "calls": CALLS}
+RIGHT = "def add(a, b):\n    return a + b\n"
+WRONG = "def add(a, b):\n    return 0\n"
+PRINTS = "print(sum(map(int, input().split())))\n"
+
+
+def outcome(task, program, limits=LIMITS):
+    return judge([(task, program)], limits, 1)[0]
+
+
+@pytest.mark.parametrize("task", FUNCTIONS.values(), ids=FUNCTIONS)
+def test_function_verdicts(task):
+    programs = {
+        RIGHT: "pass",
+        WRONG: "fail",
+        "": "error",
+        "def other(): pass": "error",
+        "add = 3": "fail",
+        "def add(a, b) return a": "error",
+        "raise ValueError('x')\n" + RIGHT: "error",
+        "def add(a, b): return a / 0": "error",
+        "def add(a, b): assert False": "error",
+        "def add(a): return a": "error",
+        "def add(a, b): return None": "fail",
+    }
+    assert [made.verdict for made in judge([(task, program) for program in programs], LIMITS, 2)] == list(programs.values())
+
+
+def test_stdio_verdicts():
+    programs = {
+        PRINTS: "pass",
+        "print(3)": "fail",
+        "print('3', end='')\nprint(input())": "fail",
+        "import sys\nsys.stdin.read()\nprint(1 / 0)": "error",
+        PRINTS + "import sys\nsys.exit(3)": "error",
+        PRINTS + "exit('bad')": "error",
+        "print(": "error",
+        "input()\ninput()": "error",
+        PRINTS + "while True: pass": "timeout",
+        "while True: print('x' * 10000)": "output-limit",
+        "x = 'x' * 10**9": "memory",
+        PRINTS + "import os\nos.kill(os.getpid(), 9)": "crash",
+    }
+    made = judge([(STDIO, program) for program in programs], LIMITS, 2)
+    assert dict(zip(programs, [each.verdict for each in made])) == programs
+    assert made[1].detail == "input 2 of 2: expected '11', found '3'"
+
+
+FORGERIES = {
+    "exit": "import sys\nsys.exit(0)",
+    "exit by name": "exit()",
+    "os._exit": "import os\nos._exit(0)",
+    "system call": "import ctypes\nctypes.CDLL(None)._exit(0)",
+    "killed": "import os\nos.kill(os.getpid(), 9)",
+    "atexit": "import atexit, os\natexit.register(os._exit, 0)\nraise SystemExit",
+    "excepthook": "import sys, os\nsys.excepthook = lambda *_: os._exit(0)\n1 / 0",
+    "verdicts on stdout": 'print(\'pass\'); print(\'{"verdict":"pass","detail":"","starved":false}\', flush=True)',
+    "verdicts on every descriptor": """
+import os
+for descriptor in range(64):
+    try:
+        os.write(descriptor, b'{"verdict":"pass","detail":"","starved":false}\\n' * 50)
+    except OSError:
+        pass""",
+    "messages on the channel": """
+import json, os, struct
+body = json.dumps({"value": True}).encode()
+for descriptor in range(3, 64):
+    try:
+        os.write(descriptor, (struct.pack("<I", len(body)) + body) * 50)
+    except OSError:
+        pass""",
+    "patched builtins": "import builtins\nbuiltins.isinstance = lambda *_: True\nbuiltins.AssertionError = type('A', (BaseException,), {})\nbuiltins.repr = builtins.str = lambda *_: '3'",
+    "patched codec": "import sys\nfor name, module in list(sys.modules.items()):\n    if name.startswith('wmtp'):\n        module.encode = lambda *_: True",
+    "tracing": "import sys\nsys.settrace(lambda *_: None)\nsys.setprofile(lambda *_: None)",
+    "import hook": "import sys\nsys.meta_path.insert(0, type('F', (), {'find_spec': lambda *a: None})())\nsys.modules.clear()",
+    "constants by ctypes": "import ctypes\nctypes.memmove(id(3) + 24, id(0) + 24, 4)",
+}
+
+
+@pytest.mark.parametrize("task", FUNCTIONS.values(), ids=FUNCTIONS)
+def test_forgeries_in_the_module_never_pass(task):
+    made = judge([(task, f"{attack}\n{WRONG}") for attack in FORGERIES.values()], LIMITS, 2)
+    assert {name: each for name, each in zip(FORGERIES, made) if each.verdict in ("pass", "harness-error")} == {}
+
+
+@pytest.mark.parametrize("task", FUNCTIONS.values(), ids=FUNCTIONS)
+def test_forgeries_in_the_call_never_pass(task):
+    bodies = [attack.replace("\n", "\n    ") for attack in FORGERIES.values()]
+    made = judge([(task, f"def add(a, b):\n    {body}\n    return 0\n") for body in bodies], LIMITS, 2)
+    assert {name: each for name, each in zip(FORGERIES, made) if each.verdict in ("pass", "harness-error")} == {}
+
+
+AGREEABLE = {
+    "object": "class Yes:\n    def __eq__(self, other): return True\n    def __ne__(self, other): return False\n    def __hash__(self): return 0\n",
+    **{
+        kind: f"class Yes({kind}):\n    def __eq__(self, other): return True\n    def __str__(self): return '15'\n    __hash__ = None\n"
+        for kind in ("int", "float", "str", "list", "tuple", "dict")
+    },
+    "metaclass": "class Meta(type):\n    def __eq__(self, other): return True\n    __hash__ = None\nclass Yes(metaclass=Meta): pass\nYes = (lambda c: lambda: c)(Yes)\n",
+    "class property": "class Yes:\n    __class__ = property(lambda self: int)\n    def __eq__(self, other): return True\n",
+    "reduce": "class Yes:\n    def __reduce__(self): return (exec, ('raise SystemExit',))\n    def __eq__(self, other): return True\n",
+}
+
+
+@pytest.mark.parametrize("source", AGREEABLE.values(), ids=AGREEABLE)
+def test_values_that_agree_with_everything_fail(source):
+    for task in (ASSERTS, CHECK):
+        assert outcome(task, f"{source}\ndef add(a, b): return Yes()\n").verdict == "fail"
+        assert outcome(task, f"{source}\ndef add(a, b): return [Yes()]\n").verdict == "fail"
+
+
+# Walks frames, garbage and files for the expected values of the test, which lie in no process the program can read.
+SEARCH = """
+import gc, os, sys
+def add(a, b):
+    found = []
+    frame = sys._getframe()
+    while frame:
+        found.append(repr(frame.f_locals) + repr(frame.f_globals)[:100000])
+        frame = frame.f_back
+    for thing in gc.get_objects():
+        if isinstance(thing, (str, bytes, list, dict, tuple)):
+            try:
+                found.append(repr(thing))
+            except Exception:
+                pass
+    text = ''.join(found) + open('/proc/self/cmdline').read() if os.path.exists('/proc/self/cmdline') else ''.join(found)
+    return 8123456789 - 1 + 1 if chr(45).join(['EXPECTED', 'MARK']) in text else 0
+"""
+
+
+def test_expected_values_lie_outside_the_program():
+    task = problem(AssertTests(asserts=["assert add(1, 2) == 8123456789, 'EXPECTED-MARK'"]))
+    assert outcome(task, SEARCH).verdict == "fail"
+    # The search itself works: it finds the mark where the program holds it.
+    assert outcome(task, SEARCH + "\nheld = ['EXPECTED-MARK']\n").verdict == "pass"
+
+
+def test_helpers_of_the_prompt_are_the_true_ones():
+    prompt = "def encode(x):\n    return x[::-1]\n\ndef decode(x):\n"
+    test = "def check(candidate):\n    assert candidate(encode('ab')) == 'ab'\n"
+    task = problem(CheckTests(test=test, entry_point="decode"), prompt=prompt)
+    assert outcome(task, prompt + "    return x[::-1]\n").verdict == "pass"
+    assert outcome(task, prompt + "    return x\ndef encode(x):\n    return x\n").verdict == "fail"
+
+
+def test_a_program_cannot_replace_the_builtins_of_the_test():
+    task = problem(AssertTests(asserts=["assert abs(f(1) - 5) < 1", "assert sorted(f(1)) == [1]"]))
+    assert outcome(task, "def f(x): return 0\ndef abs(x): return 0\ndef sorted(x): return [1]\n").verdict == "fail"
+    shadowing = problem(AssertTests(asserts=["assert sum(10, 15) == 25", "assert sum(1, 2) == 3"]))
+    assert outcome(shadowing, "def sum(a, b): return a + b\n").verdict == "pass"
+    assert outcome(shadowing, "def sum(a, b): return a\n").verdict == "fail"
+
+
+GOOD = {
+    "working directory": "import os\nassert os.getcwd()\nopen('f', 'w').write('x')\nassert open('f').read() == 'x'",
+    "main guard": "if __name__ == '__main__':\n    import sys\n    sys.exit(input())",
+    "dataclass and pickle": "import pickle\nfrom dataclasses import dataclass\n@dataclass\nclass P:\n    x: int\nassert pickle.loads(pickle.dumps(P(1))) == P(1)",
+    "threads": "from concurrent.futures import ThreadPoolExecutor\nwith ThreadPoolExecutor(4) as pool:\n    assert list(pool.map(abs, [-1, 2])) == [1, 2]",
+    "subclass of Popen": "import subprocess\nclass P(subprocess.Popen): pass",
+    "noise": "import sys, os\nprint('x' * 10**6)\nprint('y', file=sys.stderr)\nos.write(1, b'\\xff\\xfe')\nsys.stdout.buffer.write(b'\\xff')",
+    "swapped stdout": "import io, sys\nsys.stdout = io.StringIO()\nprint('x')\nsys.stdin = None",
+    "deep recursion": "import sys\nsys.setrecursionlimit(100000)\ndef depth(n): return n and depth(n - 1)\nassert depth(50000) == 0",
+    "names of the harness": "codec = runtime = inside = answer = request = channel = send = receive = None\ndef check(x): pass\nclass Session: pass",
+    "shadowed modules": "import sys\nsys.modules['json'] = sys.modules['struct'] = None",
+    "temporary files": "import tempfile\nwith tempfile.NamedTemporaryFile() as f:\n    f.write(b'x')\nwith tempfile.TemporaryDirectory(): pass",
+    "lazy imports": "import xml.dom.minidom, sqlite3, urllib.parse, zoneinfo, difflib",
+    "annotations": "from __future__ import annotations\nfrom typing import NamedTuple\nclass P(NamedTuple):\n    x: Missing = 1",
+    "child process": "import os\npid = os.fork()\nif pid == 0: os._exit(0)\nassert os.waitpid(pid, 0)[1] == 0",
+    "multiprocessing": "import multiprocessing\nlock = multiprocessing.get_context('fork').Lock()\nwith lock: pass",
+    "alarm": "import signal\nsignal.signal(signal.SIGALRM, lambda *_: None)\nsignal.alarm(0)",
+    "exit caught": "import sys\ntry:\n    sys.exit(1)\nexcept SystemExit:\n    pass",
+    "line ends": "x = 1\r\ny = 2\r\n",
+    "unusual text": "# -*- coding: utf-8 -*-\né = '\\ud800 \U0001f600'",
+}
+
+
+@pytest.mark.parametrize("habit", GOOD.values(), ids=GOOD)
+def test_right_programs_with_habits_pass(habit):
+    made = judge([(task, f"{habit}\n{RIGHT}") for task in FUNCTIONS.values()], LIMITS, 1)
+    assert {each.verdict for each in made} == {"pass"}, made
+
+
+STANDALONE = {
+    "main guard": f"def main():\n    {PRINTS}if __name__ == '__main__':\n    main()\n    exit()",
+    "file 0": "print(sum(map(int, open(0).read().split())))",
+    "os.read": "import os\nos.write(1, str(sum(map(int, os.read(0, 99).split()))).encode())",
+    "buffers": "import sys\nsys.stdout.buffer.write(b'%d' % sum(map(int, sys.stdin.buffer.readline().split())))",
+    "written at exit": f"import atexit, io, sys\nout = sys.stdout\nsys.stdout = io.StringIO()\natexit.register(lambda: out.write(sys.stdout.getvalue()))\n{PRINTS}",
+    "closed stdout": "import sys\nwith sys.stdin as i, sys.stdout as o:\n    print(sum(map(int, i.read().split())), file=o)",
+    "unflushed file": "f = open(1, 'w')\nf.write(str(sum(map(int, input().split()))))",
+    "big thread stack": "import sys, threading\nthreading.stack_size(1 << 26)\nsys.setrecursionlimit(10**6)\ndef depth(n): return n and depth(n - 1)\n"
+    f"def main():\n    depth(10**5)\n    {PRINTS}threading.Thread(target=main).start()",
+    "long integers": f"str(10 ** 10000)\n{PRINTS}",
+    "os._exit": f"import os, sys\n{PRINTS}sys.stdout.flush()\nos._exit(0)",
+    "exit in a thread": f"import threading, sys\nt = threading.Thread(target=sys.exit)\nt.start()\n{PRINTS}",
+}
+
+
+@pytest.mark.parametrize("program", STANDALONE.values(), ids=STANDALONE)
+def test_right_standalone_programs_pass(program):
+    assert outcome(STDIO, program).verdict == "pass"
+
+
+def test_objects_of_the_program_travel_as_handles():
+    task = problem(
+        AssertTests(
+            setup="root = Node(1)\nroot.next = Node(2)\n",
+            asserts=[
+                "assert total(root) == 3",
+                "assert total([Node(4)][0]) == 4",
+                "assert root.next.value == 2",
+                "assert len(Many()) == 2",
+            ],
+        )
+    )
+    program = """
+class Node:
+    def __init__(self, value):
+        self.value, self.next = value, None
+class Many:
+    def __len__(self): return 2
+def total(node):
+    return node.value + total(node.next) if node else 0
+"""
+    made = outcome(task, program)
+    assert (made.verdict, made.detail) == ("pass", "")
+
+
+def test_lazy_results_types_and_standard_modules_cross():
+    task = problem(
+        AssertTests(
+            asserts=["assert list(evens(5)) == [0, 2, 4]", "assert keep((1, 'a', 2.5), int) == [1]", "assert size() == sys.getsizeof(())"]
+        )
+    )
+    program = "import sys\ndef evens(n):\n    for i in range(0, n, 2): yield i\ndef keep(xs, kind): return [x for x in xs if isinstance(x, kind)]\n"
+    assert outcome(task, program + "def size(): return sys.getsizeof(())").verdict == "pass"
+    lying = "import types\nsys = types.ModuleType('sys')\nsys.getsizeof = lambda x: 1\ndef size(): return 1\n"
+    assert outcome(task, program + lying).verdict == "fail"
+
+
+def test_where_values_cannot_cross_the_tests_run_inside_and_the_detail_says_so():
+    task = problem(AssertTests(asserts=["assert apply(lambda x: x + 1, 2) == 3"]))
+    made = judge([(task, f"def apply(f, x): return {body}\n") for body in ("f(x)", "0", "1 / 0", "exit()")], LIMITS, 1)
+    assert [each.verdict for each in made] == ["pass", "fail", "error", "error"]
+    assert all("inside" in each.detail for each in made)
+
+
+def test_exceptions_of_the_program_reach_tests_that_expect_them():
+    statement = "try:\n    f(-1)\nexcept ValueError:\n    pass\nelse:\n    assert False"
+    task = problem(AssertTests(asserts=[statement]))
+    assert outcome(task, "def f(x): raise ValueError(x)").verdict == "pass"
+    assert outcome(task, "def f(x): raise TypeError(x)").verdict == "error"
+    assert outcome(task, "def f(x): return x").verdict == "fail"
+    assert outcome(task, "import os\ndef f(x): os._exit(0)").verdict == "error"
+
+
+def test_a_test_that_swallows_everything_cannot_hide_the_end_of_a_program():
+    task = problem(AssertTests(asserts=["try:\n    f()\nexcept BaseException:\n    pass"]))
+    assert outcome(task, "import os\ndef f(): os._exit(0)").verdict == "error"
+    assert outcome(task, "def f():\n    while True: pass").verdict == "timeout"
+
+
+def test_answers_that_make_comparing_endless_cost_the_program_its_verdict():
+    task = problem(AssertTests(asserts=["x = f()\nwhile x: pass", "assert True"]))
+    limits = Limits(cpu_seconds=0.2, wall_seconds=0.3)
+    tests = judge([(task, "def f(): return 0"), (task, "def f(): return 1"), (task, "def f(): return 0 ")], limits, 1)
+    assert [each.verdict for each in tests] == ["pass", "timeout", "pass"]
+
+
+def test_order_copies_and_progress():
+    jobs = [(ASSERTS, RIGHT), (CHECK, WRONG), (ASSERTS, RIGHT), (STDIO, PRINTS), (ASSERTS, WRONG)] * 3
+    seen = []
+    made = judge(jobs, LIMITS, 2, seen.append)
+    assert [each.verdict for each in made] == ["pass", "fail", "pass", "pass", "fail"] * 3
+    assert len(seen) == 4
+    assert seen == sorted(seen)
+    assert seen[-1] == len(jobs)
+    assert judge(jobs, LIMITS, 1) == made
+    assert judge([], LIMITS, 2) == []
+    assert {each.verdict for each in made} <= set(VERDICTS)
+    with pytest.raises(ValueError, match="workers: expected at least 1, found 0"):
+        judge(jobs, LIMITS, 0)
+
+
+def test_verdicts_do_not_depend_on_hash_seeds_or_neighbours():
+    program = "import random\ndef add(a, b):\n    return (a + b, list({'a', 'b', 'c', 'd', 'e'}), random.random(), hash('x'))\n"
+    first = [outcome(ASSERTS, program), *judge([(CHECK, RIGHT), (ASSERTS, program)], LIMITS, 1)[1:]]
+    task = problem(CallTests(calls=["add(1, 2)"], expected=["?"]))
+    details = {outcome(task, program).detail for _ in range(2)}
+    assert first[0] == first[1]
+    assert len(details) == 1
+
+
+def test_a_referee_that_dies_is_replaced_and_never_counts_as_a_fail(monkeypatch):
+    started = []
+    real = judging.Referee.start
+
+    def start(self):
+        real(self)
+        started.append(self.process)
+        if len(started) == 1:
+            self.process.kill()
+
+    monkeypatch.setattr(judging.Referee, "start", start)
+    assert [each.verdict for each in judge([(ASSERTS, RIGHT), (CHECK, RIGHT)], LIMITS, 1)] == ["pass", "pass"]
+    monkeypatch.setattr(judging.Referee, "start", lambda self: (real(self), self.process.kill()))
+    made = judge([(ASSERTS, RIGHT)], LIMITS, 1)[0]
+    assert made.verdict == "harness-error"
+    assert "judging process ended" in made.detail
+
+
+def test_self_check_counts_and_names_what_does_not_pass():
+    problems = [
+        ASSERTS.model_copy(update={"task_id": "b", "reference": WRONG}),
+        ASSERTS.model_copy(update={"task_id": "a", "reference": "1 / 0"}),
+        CHECK.model_copy(update={"task_id": "c", "reference": RIGHT}),
+        STDIO.model_copy(update={"task_id": "d"}),
+    ]
+    report = self_check(problems, LIMITS, 2)
+    assert report["failed"] == ["a", "b"]
+    assert (report["n_problems"], report["n_passed"], report["n_without_reference"], report["harness_errors"]) == (4, 1, 1, 0)
+    assert report["tier"] == tier()
+
+
+def test_judging_imports_no_torch():
+    code = "import sys, wmtp.judge, wmtp.passk, wmtp.referee, wmtp.zygote; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=Path(judging.__file__).parents[1]).returncode == 0
+
+
+def humaneval():
+    path = DATASETS / "humaneval" / "HumanEval.jsonl.gz"
+    if not path.exists():
+        pytest.skip(f"needs {path}")
+    rows = [json.loads(line) for line in gzip.open(path, "rt")]
+    return [
+        problem(
+            CheckTests(test=row["test"], entry_point=row["entry_point"]),
+            row["task_id"],
+            prompt=row["prompt"],
+            reference=row["prompt"] + row["canonical_solution"],
+        )
+        for row in rows
+    ]
+
+
+def mbpp():
+    path = DATASETS / "mbpp" / "mbpp.jsonl"
+    if not path.exists():
+        pytest.skip(f"needs {path}")
+    rows = [json.loads(line) for line in path.open()]
+    return [
+        problem(AssertTests(setup=row["test_setup_code"], asserts=row["test_list"]), str(row["task_id"]), reference=row["code"])
+        for row in rows
+    ]
+
+
+def test_references_of_humaneval_pass():
+    report = self_check(humaneval(), Limits(), 2)
+    assert (report["n_passed"], report["failed"]) == (164, [])
+
+
+def test_empty_bodies_of_humaneval_fail():
+    tasks = humaneval()
+    made = judge([(task, task.prompt + "    return None\n") for task in tasks], Limits(), 2)
+    assert [task.task_id for task, each in zip(tasks, made) if each.verdict == "pass"] == []
+
+
+def test_references_of_odd_mbpp_tasks_pass():
+    tasks = [task for task in mbpp() if int(task.task_id) in {126, 367, 533, 596, 601, 912, 927} or int(task.task_id) % 20 == 1]
+    made = judge([(task, task.reference) for task in tasks], Limits(), 2)
+    assert [(task.task_id, each) for task, each in zip(tasks, made) if each.verdict != "pass" or each.detail] == []
+
+
+@pytest.mark.slow
+def test_references_of_mbpp_pass():
+    report = self_check(mbpp(), Limits(), 2)
+    assert (report["n_passed"], report["failed"]) == (974, [])
+
+
+@pytest.mark.slow
+def test_every_fourth_contest_solution_gets_its_verdict():
+    path = DATASETS / "codecontests_slice" / "problems.jsonl.gz"
+    if not path.exists():
+        pytest.skip(f"needs {path}")
+    tasks = {}
+    for row in map(json.loads, gzip.open(path, "rt")):
+        if row["checker"] != "unverified" and row["reference_seconds_max"] < 1:
+            tests = StdioTests(inputs=row["test_cases"]["input"], outputs=row["test_cases"]["output"], checker=row["checker"])
+            tasks[row["task_id"]] = problem(tests, row["task_id"])
+    rows = [json.loads(line) for line in gzip.open(path.with_name("solutions.jsonl.gz"), "rt")]
+    rows = [row for row in rows if row["task_id"] in tasks][::4]
+    made = judge([(tasks[row["task_id"]], row["output"]) for row in rows], Limits(), 2)
+    assert [(row["solution_id"], each) for row, each in zip(rows, made) if (each.verdict == "pass") != row["is_correct"]] == []
+
+
+@pytest.mark.stress
+def test_stored_samples_get_their_stored_verdicts():
+    folder = DATASETS / "codet_samples"
+    if not folder.exists():
+        pytest.skip(f"needs {folder}")
+    prompts = {row["task_id"]: row for row in map(json.loads, open(folder / "HumanEval_for_code_generation.jsonl"))}
+    by_prompt = {row["prompt"]: row["task_id"] for row in prompts.values()}
+    tasks = {task.task_id: task for task in humaneval()}
+    expected = {(row["task_id"], row["sample"]): row["verdict"] for row in map(json.loads, gzip.open(folder / "verdicts.jsonl.gz", "rt"))}
+    jobs, keys = [], []
+    for row in map(json.loads, gzip.open(next(folder.glob("*code_solution.jsonl.gz")), "rt")):
+        task = tasks[by_prompt[row["prompt"]]]
+        for sample, raw in enumerate(row["samples"]):
+            stops = [place for stop in ("\nclass", "\ndef", "\n#", "\nif", "\nprint") if (place := raw.find(stop)) >= 0]
+            jobs.append((task, row["prompt"] + raw[: min(stops, default=len(raw))]))
+            keys.append((task.task_id, sample))
+    made = judge(jobs, Limits(), 2)
+    odd = [(key, each, expected[key]) for key, each in zip(keys, made) if (each.verdict == "pass") != (expected[key] == "pass")]
+    assert odd == []
+
+
+def test_no_connection_leaves_the_sample():
+    """Where namespaces hold, not even a listener on this machine's loopback can be reached."""
+    if not tier().startswith("namespaces"):
+        pytest.skip("needs namespaces")
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        caught = []
+        server.settimeout(2)
+
+        def accept():
+            try:
+                caught.append(server.accept())
+            except TimeoutError:
+                pass
+
+        listener = threading.Thread(target=accept)
+        listener.start()
+        program = f"import socket\ntry:\n    socket.create_connection(('127.0.0.1', {port}), 1)\nexcept OSError:\n    pass\n"
+        assert outcome(ASSERTS, program + RIGHT).verdict == "pass"
+        listener.join()
+    assert caught == []
+
+
+def test_the_judge_survives_a_program_that_kills_all_it_can(tmp_path):
+    canary = tmp_path / "canary"
+    canary.write_text("alive")
+    os.chmod(canary, 0o600)
+    program = f"""
+import os, signal, shutil
+for pid in [os.getppid(), -1] + list(range(2, 3000)) if {tier().startswith("namespaces")} else [os.getppid()]:
+    if pid != os.getpid():
+        try:
+            os.kill(pid, signal.SIGKILL)
+        except OSError:
+            pass
+shutil.rmtree({str(tmp_path)!r}, ignore_errors=True)
+"""
+    made = judge([(ASSERTS, program + RIGHT), (ASSERTS, RIGHT)], LIMITS, 1)
+    assert made[1].verdict == "pass"
+    if tier() != "rlimits" or os.geteuid() == 0:
+        assert made[0].verdict == "pass"
+        assert canary.read_text() == "alive"
+
+
+def test_time_counts_cpu_not_the_clock():
+    """A program of honest work passes beside seven busy neighbours whose load would break a limit by the clock."""
+    work = "import time\nstart = time.process_time()\nwhile time.process_time() - start < 0.3: pass\n"
+    limits = Limits(cpu_seconds=0.6, wall_seconds=30)
+    before = time.monotonic()
+    made = judge([(ASSERTS, f"{work}# {i}\n{RIGHT}") for i in range(8)], limits, 8)
+    assert {each.verdict for each in made} == {"pass"}
+    assert time.monotonic() > before

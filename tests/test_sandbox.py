@@ -1,0 +1,287 @@
+"""The codec, the checkers, and attacks on the sandbox itself: one property each."""
+
+import collections
+import dataclasses
+import os
+import time
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from wmtp import checkers, codec
+from wmtp.judge import judge
+from wmtp.records import AssertTests, Problem
+from wmtp.sandbox import HarnessError, Limits, Sandbox
+
+ADD = Problem(
+    task_id="add", source="mbpp", group="add", statement="", tests=AssertTests(asserts=["assert add(1, 2) == 3", "assert add(5, 6) == 11"])
+)
+RIGHT = "def add(a, b):\n    return a + b\n"
+WRONG = "def add(a, b):\n    return 0\n"
+SHORT = Limits(cpu_seconds=0.5, wall_seconds=1.5, memory_mb=256, output_bytes=1 << 20)
+
+
+def outcome(program, problem=ADD, limits=SHORT):
+    return judge([(problem, program)], limits, 1)[0]
+
+
+def refuse(value):
+    raise codec.CodecError(f"cannot cross: {type(value).__name__}")
+
+
+def crossed(value):
+    return codec.decode(codec.loads(codec.dumps(codec.encode(value, refuse))), refuse)
+
+
+numbers = st.booleans() | st.integers() | st.floats(allow_nan=False) | st.complex_numbers(allow_nan=False)
+scalars = st.none() | numbers | st.text(max_size=8) | st.binary(max_size=8)
+hashable = st.recursive(scalars, lambda inner: st.tuples(inner, inner) | st.frozensets(inner, max_size=4), max_leaves=4)
+values = st.recursive(
+    scalars,
+    lambda inner: st.lists(inner) | st.tuples(inner) | st.sets(hashable, max_size=4) | st.dictionaries(hashable, inner, max_size=4),
+    max_leaves=10,
+)
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(values)
+def test_exact_values_cross_unchanged(value):
+    made = crossed(value)
+    assert made == value
+    assert type(made) is type(value)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        -0.0,
+        float("inf"),
+        float("nan"),
+        True,
+        1 << 5000,
+        range(0, 10, 3),
+        slice(1, None),
+        bytearray(b"x"),
+        int,
+        ValueError,
+        "\ud800",
+        {1: {2: (3,)}},
+    ],
+)
+def test_rarer_values_cross(value):
+    assert repr(crossed(value)) == repr(value)
+    assert type(crossed(value)) is type(value)
+
+
+def test_subclasses_leave_their_methods_behind():
+    class Agreeable(int):
+        def __eq__(self, other):
+            return True
+
+        __hash__ = int.__hash__
+
+    class Named(collections.namedtuple("Named", "x y")):
+        pass
+
+    for value, plain in [
+        (Agreeable(7), 7),
+        (Named(1, 2), (1, 2)),
+        (collections.OrderedDict(a=1), {"a": 1}),
+        (collections.Counter("aab"), {"a": 2, "b": 1}),
+        ({"a": 1}.keys(), {"a"}),
+    ]:
+        made = crossed(value)
+        assert made == plain
+        assert type(made) is type(plain)
+    assert crossed(Agreeable(7)) != 8
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        ["x", 1],
+        ["l"],
+        ["l", 3],
+        ["d", [[1]]],
+        ["d", [[["l", []], 1]]],
+        ["i", "zz"],
+        ["n", "eval"],
+        ["n", "__import__"],
+        ["r", [0, 1, 0]],
+        ["r", [0, 10**18, 1]],
+        ["h", "0"],
+        ["h", 99],
+        {"l": []},
+        [],
+        [[]],
+        ["s", [["l", []]]],
+        ["s", list(range(codec.MAX_KEYS + 1))],
+    ],
+)
+def test_messages_outside_the_format_are_refused(form):
+    with pytest.raises(codec.CodecError):
+        codec.decode(form, refuse)
+
+
+def test_depth_and_size_are_bounded():
+    deep = []
+    for _ in range(100_000):
+        deep = ["l", [deep]]
+    with pytest.raises(codec.CodecError):
+        codec.decode(deep, refuse)
+    with pytest.raises(codec.CodecError):
+        codec.encode(object(), refuse)
+    for text in (b"[" * 200_000, b"1" * 10_000, b"{", b"\xff"):
+        with pytest.raises(codec.CodecError):
+            codec.loads(text)
+
+
+@pytest.mark.parametrize(
+    "name, found, expected, same",
+    [
+        ("exact", "1 2\n3 \n", "1 2\n3", True),
+        ("exact", "1  2", "1 2", False),
+        ("exact", "1\n2", "1 2", False),
+        ("token", "1  2\n3", "1 2 3", True),
+        ("token", "yes", "YES", False),
+        ("token-caseless", "yes No", "YES\nno", True),
+        ("token-float1e-6", "0.3333333", "0.33333333", True),
+        ("token-float1e-6", "1e9", "1000000001", True),
+        ("token-float1e-6", "0.33", "0.34", False),
+        ("token-float1e-6", "nan", "1.0", False),
+        ("token-float1e-6", "inf", "1e400", False),
+        ("token-float1e-6", "1_0", "10", False),
+        ("token-float1e-6", "1 2", "1", False),
+        ("token-float1e-6", "abc", "abc", True),
+    ],
+)
+def test_checkers(name, found, expected, same):
+    assert checkers.CHECKERS[name](found, expected) is same
+
+
+def test_limits_must_be_positive():
+    with pytest.raises(ValueError, match=r"limits\.cpu_seconds: expected more than 0, found 0"):
+        Limits(cpu_seconds=0)
+    assert dataclasses.replace(Limits(), memory_mb=1).memory_mb == 1
+
+
+TIME = {
+    "busy loop": "while True: pass",
+    "swallowed exceptions": "while True:\n    try:\n        while True: pass\n    except BaseException: pass",
+    "ignored signals": "import signal\nfor s in (1, 2, 3, 14, 15, 24):\n    signal.signal(s, signal.SIG_IGN)\nwhile True: pass",
+    "loop in C": "sum(range(10**12))",
+    "busy threads": "import threading\ndef f():\n    while True: pass\nfor _ in range(3): threading.Thread(target=f).start()\nf()",
+    "sleep": "import time\ntime.sleep(1000)",
+    "self-stop": "import os, signal\nos.kill(os.getpid(), signal.SIGSTOP)\nimport time\ntime.sleep(1000)",
+    "waits for itself": "import threading\nl = threading.Lock()\nl.acquire()\nl.acquire()",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("attack", TIME.values(), ids=TIME)
+def test_time_is_bounded(attack):
+    assert outcome(f"{attack}\n{RIGHT}").verdict == "timeout"
+    indented = attack.replace("\n", "\n    ")
+    assert outcome(f"def add(a, b):\n    {indented}\n    return a + b\n").verdict == "timeout"
+
+
+RESOURCES = {
+    "memory": ("x = bytearray(10**9)", {"memory"}),
+    "memory in steps": ("x = []\nwhile True: x.append('a' * 10**6)", {"memory"}),
+    "many small objects": ("x = [[] for _ in range(10**8)]", {"memory", "timeout"}),
+    "recursion": ("def f(): return f()\nf()", {"error"}),
+    "recursion without a limit": ("import sys\nsys.setrecursionlimit(10**9)\ndef f(): return f()\nf()", {"memory", "crash", "timeout"}),
+    "compiler": ("eval('(' * 10**5)", {"error", "memory", "crash"}),
+    "huge integer": ("x = 10 ** 10 ** 9", {"timeout", "memory"}),
+    "segmentation fault": ("import ctypes\nctypes.string_at(0)", {"crash"}),
+    "abort": ("import os\nos.abort()", {"crash"}),
+    "file": ("f = open('big', 'wb')\nwhile True: f.write(b'x' * 10**6)", {"error", "output-limit", "memory"}),
+    "descriptors": ("import os\nwhile True: os.dup(0)", {"error"}),
+    "raised limits": ("import resource\nresource.setrlimit(resource.RLIMIT_AS, (-1, -1))\nx = bytearray(10**9)", {"error"}),
+    "fork bomb": ("import os\nwhile True:\n    os.fork()", {"error", "timeout", "crash"}),
+    "threads": ("import threading, time\nwhile True: threading.Thread(target=time.sleep, args=(9,)).start()", {"error", "memory"}),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("attack, verdicts", RESOURCES.values(), ids=RESOURCES)
+def test_resources_are_bounded(attack, verdicts):
+    assert outcome(f"{attack}\n{RIGHT}").verdict in verdicts
+
+
+def test_huge_answers_are_refused():
+    assert outcome("def add(a, b): return 'x' * 10**7").verdict == "output-limit"
+    assert outcome("def add(a, b):\n    x = []\n    for _ in range(10**4): x = [x]\n    return x").verdict == "output-limit"
+    assert outcome("def add(a, b): return 1 << 10**7").verdict == "output-limit"
+    assert outcome("def add(a, b): return range(10**15)").verdict == "output-limit"
+
+
+def marked(marker):
+    """Processes alive whose command line or environment carries the marker."""
+    found = []
+    for entry in os.scandir("/proc"):
+        if entry.name.isdigit() and int(entry.name) != os.getpid():
+            try:
+                with open(f"/proc/{entry.name}/cmdline", "rb") as file:
+                    found += [entry.name] if marker.encode() in file.read() else []
+            except OSError:
+                continue
+    return found
+
+
+@pytest.mark.parametrize("after", ["", "import os\nos._exit(0)\n"])
+def test_no_process_outlives_its_sample(after):
+    # A daemon in a session of its own, with every descriptor closed and the parent gone.
+    marker = f"wmtp-orphan-{os.getpid()}"
+    program = f"""
+import os, sys, time
+if os.fork() == 0:
+    os.setsid()
+    if os.fork() == 0:
+        os.closerange(0, 200)
+        os.execv({os.path.realpath("/bin/sh")!r}, ["sh", "-c", "sleep 100; : {marker}"])
+    os._exit(0)
+time.sleep(0.2)
+{after}
+{RIGHT}"""
+    assert outcome(program).verdict == ("error" if after else "pass")
+    deadline = time.monotonic() + 5
+    while marked(marker) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert marked(marker) == []
+
+
+def test_nothing_of_the_host_reaches_the_program(monkeypatch):
+    monkeypatch.setenv("WMTP_SECRET", "token")
+    program = """
+import os, sys
+assert not [name for name in os.environ if "SECRET" in name or name.startswith("PYTHON")], os.environ
+assert os.listdir(".") == [], os.listdir(".")
+assert not any("site-packages" in path for path in sys.path), sys.path
+held = []
+for descriptor in range(64):
+    try:
+        os.fstat(descriptor)
+        held.append(descriptor)
+    except OSError:
+        pass
+assert len(held) == 4, held
+"""
+    assert outcome(program + RIGHT) == outcome(RIGHT)
+
+
+def test_one_program_leaves_nothing_for_the_next():
+    plant = "import os\nopen('planted', 'w').write('x')\nos.mkdir('d')\nopen('d/f', 'w')\nos.chmod('d', 0)\nimport builtins\nbuiltins.planted = 1\n"
+    look = "import os, builtins\nassert os.listdir('.') == []\nassert not hasattr(builtins, 'planted')\n"
+    assert [made.verdict for made in judge([(ADD, plant + RIGHT), (ADD, look + RIGHT)], SHORT, 1)] == ["pass", "pass"]
+
+
+def test_a_dead_fork_server_is_an_error_of_the_harness_and_leaves_no_scratch():
+    with Sandbox(SHORT) as sandbox:
+        scratch = sandbox.scratch
+        sandbox.zygote.kill()
+        sandbox.zygote.wait()
+        with pytest.raises(HarnessError, match="fork server"), open(os.devnull, "r+b") as null:
+            sandbox.start(null.fileno(), null.fileno())
+    assert not scratch.exists()

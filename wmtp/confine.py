@@ -1,0 +1,105 @@
+"""What the kernel enforces on a sample: resource limits and privileges, by direct system calls.
+
+Runs in the fork server and in its children, so it imports the standard library alone.
+"""
+
+import ctypes
+import os
+import resource
+
+_PR_SET_PDEATHSIG, _PR_SET_DUMPABLE, _PR_SET_KEEPCAPS = 1, 4, 8
+_PR_SET_CHILD_SUBREAPER, _PR_SET_NO_NEW_PRIVS = 36, 38
+_CAPABILITY_VERSION_3 = 0x20080522
+_CAP_DAC_READ_SEARCH = 2
+_SIGKILL = 9
+MAIN_STACK_BYTES = 64 << 20
+MAX_OPEN_FILES = 256
+MAX_PROCESSES = 128
+
+# PyDLL keeps the interpreter lock over the call, which a forking system call needs.
+libc = ctypes.PyDLL(None, use_errno=True)
+libc.syscall.restype = ctypes.c_long
+
+
+def checked(result: int, what: str) -> int:
+    """The result of a C call, or its errno as an OSError that names the call."""
+    if result < 0:
+        number = ctypes.get_errno()
+        raise OSError(number, f"{what}: {os.strerror(number)}")
+    return result
+
+
+def syscall(number: int, *arguments: int | bytes, what: str) -> int:
+    """A system call by its number; integers go as C longs."""
+    converted = [argument if isinstance(argument, bytes) else ctypes.c_long(argument) for argument in arguments]
+    return checked(libc.syscall(ctypes.c_long(number), *converted), what)
+
+
+def prctl(option: int, argument: int = 0) -> None:
+    unsigned = ctypes.c_ulong
+    checked(libc.prctl(option, unsigned(argument), unsigned(0), unsigned(0), unsigned(0)), f"prctl({option})")
+
+
+def hide_from_tracers() -> None:
+    """No process of the same user may read this one's memory or trace it."""
+    prctl(_PR_SET_DUMPABLE, 0)
+
+
+def adopt_orphans() -> None:
+    """Descendants whose parent dies become children of this process, where they can be found and killed."""
+    prctl(_PR_SET_CHILD_SUBREAPER, 1)
+
+
+def die_with_parent() -> None:
+    prctl(_PR_SET_PDEATHSIG, _SIGKILL)
+
+
+def set_capabilities(mask: int) -> None:
+    """Permitted and effective capabilities become `mask`, inheritable ones none."""
+    header = (ctypes.c_uint32 * 2)(_CAPABILITY_VERSION_3, 0)
+    low, high = mask & 0xFFFFFFFF, mask >> 32
+    data = (ctypes.c_uint32 * 6)(low, low, 0, high, high, 0)
+    checked(libc.capset(header, data), "capset")
+
+
+def drop_privileges(user: int | None, readable: str) -> None:
+    """Become `user` (None: stay) for good, without capabilities and without a way to gain any.
+
+    Where the new user cannot read the standard library at `readable`, the capability to read files is kept, else imports would fail.
+    """
+    if user is not None:
+        prctl(_PR_SET_KEEPCAPS, 1)
+        os.setgroups([])
+        os.setresgid(user, user, user)
+        os.setresuid(user, user, user)
+    set_capabilities(0 if user is None or os.access(readable, os.R_OK | os.X_OK) else 1 << _CAP_DAC_READ_SEARCH)
+    prctl(_PR_SET_NO_NEW_PRIVS, 1)
+
+
+def _lower(kind: int, value: int) -> None:
+    hard = resource.getrlimit(kind)[1]
+    bound = value if hard == resource.RLIM_INFINITY else min(value, hard)
+    resource.setrlimit(kind, (bound, bound))
+
+
+def set_limits(memory_bytes: int, cpu_seconds: float, file_bytes: int, processes: int) -> None:
+    """The CPU limit is a backstop: the judge reads the CPU clock from outside and is meant to act first."""
+    _lower(resource.RLIMIT_AS, memory_bytes)
+    _lower(resource.RLIMIT_CPU, int(cpu_seconds) + 2)
+    _lower(resource.RLIMIT_FSIZE, file_bytes)
+    _lower(resource.RLIMIT_NOFILE, MAX_OPEN_FILES)
+    _lower(resource.RLIMIT_NPROC, processes)
+    _lower(resource.RLIMIT_CORE, 0)
+    _lower(resource.RLIMIT_STACK, MAIN_STACK_BYTES)
+
+
+def processes_of(user: int) -> int:
+    """Threads that `user` has now, which the kernel counts against the limit on processes."""
+    total = 0
+    for entry in os.scandir("/proc"):
+        if entry.name.isdigit():
+            try:
+                total += len(os.listdir(f"/proc/{entry.name}/task")) if entry.stat().st_uid == user else 0
+            except OSError:
+                continue  # the process ended while we looked
+    return total

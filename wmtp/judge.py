@@ -1,0 +1,149 @@
+"""Verdicts on untrusted programs: a pool of referees, each with a sandbox of its own.
+
+A verdict is evidence from outside the program: the tests run in the referee, the program only answers calls. What never counts against a
+program is kept apart: a failure of the harness is `harness-error`, and a time-out by the clock counts only after a second run alone.
+"""
+
+import collections
+import contextlib
+import dataclasses
+import functools
+import json
+import platform
+import select
+import signal
+import subprocess
+from collections.abc import Callable, Sequence
+
+from wmtp.records import Problem
+from wmtp.sandbox import Limits, Sandbox, environment, interpreter
+
+__all__ = ["Limits", "Outcome", "judge", "self_check", "tier"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """`verdict`: one of records.VERDICTS. `detail`: one line for people, and where the tests had to run inside the sample, it says so."""
+
+    verdict: str
+    detail: str
+
+
+class Referee:
+    """One worker process; at most one job in flight."""
+
+    def __init__(self, limits: Limits) -> None:
+        self.limits = limits
+        self.process: subprocess.Popen | None = None
+        self.start()
+
+    def start(self) -> None:
+        self.process = subprocess.Popen(
+            interpreter("wmtp.referee:main"), env=environment(), stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True
+        )
+        self.write(json.dumps(dataclasses.asdict(self.limits)))
+
+    def write(self, line: str) -> None:
+        with contextlib.suppress(BrokenPipeError):  # a dead referee shows at the next reading
+            self.process.stdin.write(line.encode() + b"\n")
+            self.process.stdin.flush()
+
+    def read(self) -> dict:
+        """The decision on the job in flight; a referee that died is replaced, and its signal decides."""
+        line = self.process.stdout.readline()
+        if line:
+            return json.loads(line)
+        status = self.process.wait()
+        self.close()
+        self.start()
+        if status == -signal.SIGALRM:
+            return {"verdict": "timeout", "detail": "comparing the program's answers did not end", "starved": False}
+        return {"verdict": "harness-error", "detail": f"the judging process ended with status {status}", "starved": False}
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        self.process.stdin.close()
+        self.process.stdout.close()
+
+
+def _run(lines: Sequence[str], limits: Limits, workers: int, on_done: Callable[[int], None]) -> list[dict]:
+    """Decisions on jobs, one JSON line each, in order; `on_done(index)` after each."""
+    decisions: list[dict] = [{}] * len(lines)
+    waiting = collections.deque(enumerate(lines))
+    poll = select.poll()
+    busy: dict[int, tuple[int, Referee]] = {}
+
+    def give(referee: Referee) -> None:
+        if waiting:
+            index, line = waiting.popleft()
+            referee.write(line)
+            busy[referee.process.stdout.fileno()] = (index, referee)
+            poll.register(referee.process.stdout, select.POLLIN)
+
+    with contextlib.ExitStack() as stack:
+        for _ in range(min(workers, len(lines))):
+            referee = Referee(limits)
+            stack.callback(referee.close)
+            give(referee)
+        while busy:
+            for descriptor, _ in poll.poll():
+                poll.unregister(descriptor)
+                index, referee = busy.pop(descriptor)
+                decisions[index] = referee.read()
+                on_done(index)
+                give(referee)
+    return decisions
+
+
+def _line(problem: Problem, program: str) -> str:
+    return json.dumps({"program": program, "prompt": problem.prompt, "tests": problem.tests.model_dump()}, sort_keys=True)
+
+
+def judge(jobs: Sequence[tuple[Problem, str]], limits: Limits, workers: int, on_done: Callable[[int], None] | None = None) -> list[Outcome]:
+    """Outcomes in the order of `jobs` (problem, complete program); equal pairs run once.
+
+    `on_done` gets the number of jobs decided so far, now and then. Time-outs by the clock that used less CPU time than the limit, and
+    failures of the harness, are run once more, alone, before they stand.
+    """
+    if workers < 1:
+        raise ValueError(f"workers: expected at least 1, found {workers}")
+    lines = [_line(problem, program) for problem, program in jobs]
+    copies = collections.Counter(lines)
+    unique = list(copies)
+    done = 0
+
+    def count(index: int) -> None:
+        nonlocal done
+        done += copies[unique[index]]
+        if on_done is not None:
+            on_done(done)
+
+    decisions = _run(unique, limits, workers, count)
+    doubtful = [index for index, decision in enumerate(decisions) if decision["starved"] or decision["verdict"] == "harness-error"]
+    for index, decision in zip(doubtful, _run([unique[index] for index in doubtful], limits, 1, lambda _: None), strict=True):
+        decisions[index] = decision
+    outcomes = {line: Outcome(decision["verdict"], decision["detail"]) for line, decision in zip(unique, decisions, strict=True)}
+    return [outcomes[line] for line in lines]
+
+
+def self_check(problems: Sequence[Problem], limits: Limits, workers: int) -> dict:
+    """Judges every reference: n_problems, n_passed, n_without_reference, harness_errors, the sorted task_ids in `failed`, tier, python."""
+    referenced = [problem for problem in problems if problem.reference is not None]
+    outcomes = judge([(problem, problem.reference) for problem in referenced], limits, workers)
+    return {
+        "n_problems": len(problems),
+        "n_passed": sum(outcome.verdict == "pass" for outcome in outcomes),
+        "n_without_reference": len(problems) - len(referenced),
+        "harness_errors": sum(outcome.verdict == "harness-error" for outcome in outcomes),
+        "failed": sorted(problem.task_id for problem, outcome in zip(referenced, outcomes, strict=True) if outcome.verdict != "pass"),
+        "tier": tier(),
+        "python": platform.python_version(),
+    }
+
+
+@functools.cache
+def tier() -> str:
+    """The isolation in force on this machine, found by a self-test: `namespaces+seccomp`, or `rlimits` where the kernel denies those."""
+    with Sandbox(Limits()) as sandbox:
+        return sandbox.tier

@@ -1,0 +1,232 @@
+"""Meta's multi-token prediction Llama in plain PyTorch (Gloeckle et al. 2024, 2404.19737); shapes as in wmtp.align.
+
+The trunk's last block is head 0; `extra_heads` are blocks for heads 1..F-1 that read what head 0 reads; all share `norm` and
+`output`. Rotary pairs are interleaved, as in Meta's checkpoints. The model knows neither ranks, methods nor files.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from wmtp.align import IGNORE
+from wmtp.bundle import ModelArgs, read_args, read_tensors, verify
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, dim: int, eps: float):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        x32 = x_BTD if x_BTD.dtype == torch.float64 else x_BTD.float()
+        return (x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + self.eps)).to(x_BTD.dtype) * self.weight
+
+
+def rotary_table(length: int, head_dim: int, theta: float, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    """cos and sin [length, H/2], computed in float64 (angles at far positions lose digits in float32)."""
+    frequency = theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float64, device=device) / head_dim)
+    angle = torch.outer(torch.arange(length, dtype=torch.float64, device=device), frequency)
+    return angle.cos().to(dtype), angle.sin().to(dtype)
+
+
+def rotate(x_BTNH: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotates interleaved pairs; cos and sin are [T, H/2], or [B, T, H/2] when rows stand at different positions."""
+    even, odd = x_BTNH.unflatten(-1, (-1, 2)).unbind(-1)
+    cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)
+    return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2).to(x_BTNH.dtype)
+
+
+class BlockCache:
+    """Keys and values [B, N_kv, capacity, H] of one block; position p of a row stands at index p."""
+
+    def __init__(self, rows: int, args: ModelArgs, capacity: int, dtype: torch.dtype, device: torch.device):
+        shape = (rows, args.n_kv_heads, capacity, args.head_dim)
+        self.keys = torch.zeros(shape, dtype=dtype, device=device)
+        self.values = torch.zeros(shape, dtype=dtype, device=device)
+
+    def put(self, keys_BTNH: Tensor, values_BTNH: Tensor, position_BT: Tensor, length: int) -> tuple[Tensor, Tensor]:
+        """Writes at each row's own positions; returns the first `length` keys and values."""
+        rows = torch.arange(len(position_BT), device=position_BT.device)[:, None]
+        self.keys[rows, :, position_BT] = keys_BTNH
+        self.values[rows, :, position_BT] = values_BTNH
+        return self.keys[:, :, :length], self.values[:, :, :length]
+
+    def select(self, rows: Tensor) -> None:
+        """Keeps these rows (indices, repeats allowed), in this order."""
+        self.keys, self.values = self.keys[rows], self.values[rows]
+
+
+@dataclass
+class Context:
+    """What every block of one forward shares: rotary angles, which keys a query may see (None: plain causal), positions, cached length."""
+
+    cos: Tensor
+    sin: Tensor
+    mask: Tensor | None
+    position_BT: Tensor | None
+    length: int
+
+
+class Attention(nn.Module):
+    def __init__(self, args: ModelArgs):
+        super().__init__()
+        self.n_heads, self.n_kv_heads, self.head_dim = args.n_heads, args.n_kv_heads, args.head_dim
+        self.wq = nn.Linear(args.dim, args.n_heads * args.head_dim, bias=False)
+        self.wk = nn.Linear(args.dim, args.n_kv_heads * args.head_dim, bias=False)
+        self.wv = nn.Linear(args.dim, args.n_kv_heads * args.head_dim, bias=False)
+        self.wo = nn.Linear(args.n_heads * args.head_dim, args.dim, bias=False)
+
+    def forward(self, x_BTD: Tensor, context: Context, cache: BlockCache | None, first: int) -> Tensor:
+        """Attended [B, T - first, D]: every position is a key, those from `first` on are queries."""
+        cos, sin = context.cos[..., first:, :], context.sin[..., first:, :]
+        q = rotate(self.wq(x_BTD[:, first:]).unflatten(-1, (self.n_heads, self.head_dim)), cos, sin)
+        k = rotate(self.wk(x_BTD).unflatten(-1, (self.n_kv_heads, self.head_dim)), context.cos, context.sin)
+        v = self.wv(x_BTD).unflatten(-1, (self.n_kv_heads, self.head_dim))
+        if cache is None:
+            k, v = k.transpose(1, 2), v.transpose(1, 2)
+        else:
+            k, v = cache.put(k, v, context.position_BT, context.length)
+        mask = context.mask
+        if first:
+            mask = torch.ones(x_BTD.shape[1], x_BTD.shape[1], dtype=torch.bool, device=x_BTD.device).tril()[first:]
+        attended = functional.scaled_dot_product_attention(
+            q.transpose(1, 2), k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=self.n_heads != self.n_kv_heads
+        )
+        return self.wo(attended.transpose(1, 2).flatten(-2))
+
+
+class FeedForward(nn.Module):
+    def __init__(self, args: ModelArgs):
+        super().__init__()
+        self.w1 = nn.Linear(args.dim, args.hidden_dim, bias=False)
+        self.w2 = nn.Linear(args.hidden_dim, args.dim, bias=False)
+        self.w3 = nn.Linear(args.dim, args.hidden_dim, bias=False)
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        return self.w2(functional.silu(self.w1(x_BTD)) * self.w3(x_BTD))
+
+
+class Block(nn.Module):
+    def __init__(self, args: ModelArgs):
+        super().__init__()
+        self.attention = Attention(args)
+        self.feed_forward = FeedForward(args)
+        self.attention_norm = RMSNorm(args.dim, args.norm_eps)
+        self.ffn_norm = RMSNorm(args.dim, args.norm_eps)
+
+    def forward(self, x_BTD: Tensor, context: Context, cache: BlockCache | None = None, first: int = 0) -> Tensor:
+        """The block's output at positions `first`.. [B, T - first, D]; earlier ones are only read."""
+        x_out = x_BTD[:, first:] + self.attention(self.attention_norm(x_BTD), context, cache, first)
+        return x_out + self.feed_forward(self.ffn_norm(x_out))
+
+
+class Cache:
+    """One BlockCache for each block of the model, trunk first, then extra heads."""
+
+    def __init__(self, model: "Transformer", rows: int, capacity: int, n_future: int = 1):
+        weight = model.tok_embeddings.weight
+        n_blocks = len(model.layers) + n_future - 1
+        self.blocks = [BlockCache(rows, model.args, capacity, weight.dtype, weight.device) for _ in range(n_blocks)]
+
+    def select(self, rows: Tensor) -> None:
+        for block in self.blocks:
+            block.select(rows)
+
+
+class Transformer(nn.Module):
+    """Trunk and heads; `args.n_future_tokens` heads are built, parameter names are Meta's."""
+
+    def __init__(self, args: ModelArgs):
+        super().__init__()
+        self.args = args
+        self.tok_embeddings = nn.Embedding(args.vocab_size, args.dim)
+        self.layers = nn.ModuleList(Block(args) for _ in range(args.n_trunk))
+        self.extra_heads = nn.ModuleList(Block(args) for _ in range(args.n_future_tokens - 1))
+        self.norm = RMSNorm(args.dim, args.norm_eps)
+        self.output = nn.Linear(args.dim, args.vocab_size, bias=False)
+        self._rotary: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def n_future(self) -> int:
+        return 1 + len(self.extra_heads)
+
+    def forward(
+        self, tokens_BT: Tensor, targets_BTF: Tensor | None = None, cache: Cache | None = None, position_BT: Tensor | None = None,
+        n_future: int | None = None, first: int = 0,
+    ) -> Tensor:
+        """Without targets: logits [B, T, F, V]. With targets: cross-entropy [B, T, F] in nats, at least float32, 0 where IGNORE.
+
+        With a cache, `position_BT` says where each token of each row stands; earlier positions are read from the cache. `first` is the
+        caller's word that no target stands before that position: the head blocks then compute nothing there.
+        """
+        hidden = self.hidden(tokens_BT, cache, position_BT, n_future, first)
+        if targets_BTF is None:
+            return torch.stack([self.output(x_BTD) for x_BTD in hidden], dim=2)
+        if targets_BTF.shape != (*tokens_BT.shape, len(hidden)):
+            raise ValueError(f"targets: expected shape {(*tokens_BT.shape, len(hidden))}, found {tuple(targets_BTF.shape)}")
+        ce = torch.stack([self._cross_entropy(x_BTD, targets_BTF[:, first:, h]) for h, x_BTD in enumerate(hidden)], dim=2)
+        return functional.pad(ce, (0, 0, first, 0))
+
+    def hidden(
+        self, tokens_BT: Tensor, cache: Cache | None = None, position_BT: Tensor | None = None, n_future: int | None = None, first: int = 0
+    ) -> list[Tensor]:
+        """The normed output [B, T - first, D] of each of the first `n_future` heads (default: all that are built)."""
+        n_future = self.n_future if n_future is None else n_future
+        context = self._context(tokens_BT, cache, position_BT)
+        caches = cache.blocks if cache else [None] * (len(self.layers) + n_future - 1)
+        x_BTD = self.tok_embeddings(tokens_BT)
+        *trunk, head_0 = self.layers
+        for block, block_cache in zip(trunk, caches):
+            x_BTD = block(x_BTD, context, block_cache)
+        heads = [head_0, *self.extra_heads][:n_future]
+        return [self.norm(head(x_BTD, context, block_cache, first)) for head, block_cache in zip(heads, caches[len(trunk) :])]
+
+    def _context(self, tokens_BT: Tensor, cache: Cache | None, position_BT: Tensor | None) -> Context:
+        T = tokens_BT.shape[1]
+        if cache is None:
+            cos, sin = self._angles(T)
+            return Context(cos[:T], sin[:T], None, None, T)
+        length = int(position_BT.max()) + 1
+        cos, sin = self._angles(length)
+        mask = torch.arange(length, device=tokens_BT.device) <= position_BT[:, None, :, None]
+        return Context(cos[position_BT], sin[position_BT], mask, position_BT, length)
+
+    def _angles(self, length: int) -> tuple[Tensor, Tensor]:
+        weight = self.norm.weight
+        dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+        table = self._rotary
+        if table is None or len(table[0]) < length or table[0].device != weight.device or table[0].dtype != dtype:
+            self._rotary = table = rotary_table(max(length, 256), self.args.head_dim, self.args.rope_theta, dtype, weight.device)
+        return table
+
+    def _cross_entropy(self, x_BTD: Tensor, target_BT: Tensor) -> Tensor:
+        """Per-token loss [B, T] of one head; the vocabulary is computed only where there is a target."""
+        valid_BT = target_BT != IGNORE
+        logits = self.output(x_BTD[valid_BT])
+        ce = functional.cross_entropy(logits if logits.dtype == torch.float64 else logits.float(), target_BT[valid_BT], reduction="none")
+        return ce.new_zeros(target_BT.shape).masked_scatter(valid_BT, ce)
+
+
+def load_bundle(
+    path: str | Path, n_future: int | None = None, dtype: torch.dtype | None = None, device: str | torch.device = "cpu"
+) -> Transformer:
+    """The bundle's model in evaluation mode; `n_future` < n_future_tokens leaves the further heads out, unread.
+
+    The model is built on the meta device and filled tensor by tensor, so that no second copy is held. Names, shapes and hashes are
+    checked against the bundle's manifest; any difference is an error that names it.
+    """
+    verify(path)
+    args = read_args(path)
+    if n_future is not None and not 1 <= n_future <= args.n_future_tokens:
+        raise ValueError(f"{path}: n_future: expected 1..{args.n_future_tokens} (params.json n_future_tokens), found {n_future}")
+    if n_future is not None:
+        args = args.with_heads(n_future)
+    with torch.device("meta"):
+        model = Transformer(args)
+    state = {name: tensor.to(device=device, dtype=dtype or tensor.dtype) for name, tensor in read_tensors(path, n_future)}
+    model.load_state_dict(state, strict=True, assign=True)
+    return model.requires_grad_(True).eval()

@@ -1,0 +1,374 @@
+"""The schema of params.yaml, and each stage's view of it.
+
+Every stage validates the whole file first, then sees only the keys that it declares in dvc.yaml: a value that DVC does not track
+must not be able to change a result.
+"""
+
+import json
+import os
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+Positive = Annotated[int, Field(ge=1)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+class ParameterError(ValueError):
+    """A key or value of params.yaml that is missing, unknown, out of range or not declared by the stage that reads it."""
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class SyntheticCheckpoint(Section):
+    """A small random checkpoint in Meta's own layout, with a tokenizer trained on the micro task."""
+
+    kind: Literal["synthetic"]
+    dim: Positive = Field(description="width of the residual stream")
+    n_layers: Positive = Field(description="blocks, extra heads included, as Meta counts")
+    n_heads: Positive
+    n_kv_heads: Positive
+    vocab_size: Annotated[int, Field(ge=300)] = Field(description="pieces; 256 of them are bytes")
+    multiple_of: Positive = Field(description="the feed-forward width is rounded up to a multiple of this")
+    n_future_tokens: Positive = Field(description="heads, F")
+    corpus_problems: Positive = Field(description="texts that the tokenizer is trained on")
+
+
+class LocalCheckpoint(Section):
+    kind: Literal["local"]
+    policy: str = Field(description="folder in Meta's or Hugging Face's layout")
+    reference: str = Field(description="folder in Hugging Face's or Meta's layout, same tokenizer")
+
+
+class HubCheckpoint(Section):
+    kind: Literal["huggingface"]
+    policy: str = Field(description="repository id on the hub, gated ones with HF_TOKEN set")
+    policy_folder: str = Field(description="folder inside that repository; '' for its root")
+    reference: str = Field(description="repository id of the reference model")
+    revision: str = Field(description="branch, tag or commit of the policy repository")
+
+
+class SyntheticData(Section):
+    """The micro task: see wmtp.synthetic."""
+
+    kind: Literal["synthetic"]
+    n_train_compositions: Positive = Field(description="problems with one correct and one incorrect program")
+    n_eval_problems: Annotated[int, Field(ge=1, le=500)] = Field(description="problems of each benchmark")
+    min_operations: Positive
+    max_operations: Positive
+
+    @model_validator(mode="after")
+    def _ordered(self) -> "SyntheticData":
+        if self.min_operations > self.max_operations:
+            raise ValueError(f"min_operations {self.min_operations} is above max_operations {self.max_operations}")
+        return self
+
+
+class DataFolders(Section):
+    codecontests: str | None = Field(description="folder with problems.jsonl.gz and solutions.jsonl.gz")
+    functions: str | None = Field(description="folder of function problems with right and wrong programs")
+    humaneval: str
+    mbpp: str
+
+
+class LocalData(Section):
+    kind: Literal["local"]
+    path: str = Field(description="a folder of real files")
+    folders: DataFolders = Field(description="where in it each source lies; null leaves one out")
+
+
+class HubData(Section):
+    kind: Literal["huggingface"]
+    codecontests: str = Field(description="data set id")
+    humaneval: str = Field(description="data set id")
+    mbpp: str = Field(description="data set id")
+    max_problems: Positive | None = Field(description="CodeContests problems to take; null: all")
+
+
+class Source(Section):
+    checkpoint: Annotated[SyntheticCheckpoint | LocalCheckpoint | HubCheckpoint, Field(discriminator="kind")]
+    data: Annotated[SyntheticData | LocalData | HubData, Field(discriminator="kind")]
+
+
+class Micro(Section):
+    dim: Positive
+    n_layers: Positive
+    n_heads: Positive
+    n_kv_heads: Positive
+    vocab_size: Annotated[int, Field(ge=260)]
+    multiple_of: Positive
+    layers: list[int] | None = Field(description="trunk blocks to keep, ascending; null: evenly spread")
+    max_megabytes: Annotated[float, Field(gt=0)]
+
+
+class Splits(Section):
+    """Shares of the training problems; a group (round, composition) lies in one split only."""
+
+    warm_up: Fraction
+    policy: Fraction
+    reference: Fraction
+    critic: Fraction
+    validation: Fraction = Field(description="held out: the critic's gate and the policies' validation loss")
+
+    @model_validator(mode="after")
+    def _sums_to_one(self) -> "Splits":
+        total = self.warm_up + self.policy + self.reference + self.critic + self.validation
+        if abs(total - 1) > 1e-6:
+            raise ValueError(f"shares sum to {total:g}, expected 1")
+        return self
+
+
+class Data(Section):
+    tokenizer: str = Field(description="bundle whose tokenizer is used")
+    template: Literal["evaluation_notes", "alpaca"]
+    max_length: Annotated[int, Field(ge=16)] = Field(description="tokens, prompt and response; longer rows are shortened or dropped")
+    splits: Splits
+    max_problems: Positive | None = Field(description="at most this many problems in each split")
+
+
+class Run(Section):
+    n_processes: Positive = Field(description="torchrun workers")
+    n_threads: Positive = Field(description="CPU threads of each worker")
+    device: Literal["auto", "cpu", "cuda", "mps"]
+    dtype: Literal["float32", "float64", "bfloat16"]
+    parallel: Literal["ddp", "fsdp"]
+    checkpoint_every: Positive = Field(description="optimizer steps between saves for resuming")
+
+
+class Optimizer(Section):
+    betas: tuple[float, float] = Field(strict=False)
+    eps: Annotated[float, Field(gt=0)]
+    weight_decay: Annotated[float, Field(ge=0)]
+    clip_norm: Annotated[float, Field(gt=0)] = Field(description="global L2 norm of the gradient")
+    warmup_fraction: Fraction = Field(description="of the steps, linear")
+    final_fraction: Fraction = Field(description="of the peak learning rate, at the last step")
+    micro_batch_tokens: Positive = Field(description="rows x padded length of one forward, per process")
+
+
+class Tuning(Section):
+    start: str = Field(description="bundle to start from")
+    n_epochs: Annotated[float, Field(ge=0)] = Field(description="passes over its split, fractions allowed; 0 skips the tuning")
+    learning_rate: Annotated[float, Field(gt=0, lt=1)]
+    batch_rows: Positive = Field(description="rows of one optimizer step, over all processes")
+
+
+class Gate(Section):
+    min_delta_std: Annotated[float, Field(ge=0)] = Field(description="floor of std(v[i] - v[i-1]) on held-out programs")
+    confidence: Annotated[float, Field(gt=0.5, lt=1)] = Field(description="of the bootstrap interval of the AUC")
+    train_anyway: bool = Field(description="train policies although the gate failed")
+
+
+class Critic(Tuning):
+    loss: Literal["bce", "mse", "huber"]
+    gamma: Annotated[float, Field(gt=0, le=1)]
+    lam: Fraction
+    gate: Gate
+
+    @model_validator(mode="after")
+    def _pairs(self) -> "Critic":
+        if self.batch_rows % 2:
+            raise ValueError(f"batch_rows {self.batch_rows} is odd, expected pairs of one correct and one incorrect row")
+        return self
+
+
+class Policy(Section):
+    start: str = Field(description="bundle that every method starts from")
+
+
+class Training(Tuning):
+    start: None = Field(default=None, exclude=True)
+    seed: Annotated[int, Field(ge=0)]
+    n_epochs: Annotated[float, Field(gt=0)]
+    beta: Annotated[float, Field(gt=0)] = Field(description="temperature of exp(z / beta)")
+    log_every: Positive = Field(description="optimizer steps")
+
+
+class Method(Section):
+    n_future: Positive = Field(description="heads trained, F")
+    mix: Fraction = Field(description="w <- 1 + mix * (w - 1); 0 is uniform")
+
+
+class UniformMethod(Method):
+    weighting: Literal["uniform"]
+
+
+class AdvantageMethod(Method):
+    weighting: Literal["advantage"]
+    gamma: Annotated[float, Field(gt=0, le=1)]
+    lam: Fraction | Literal["length_adaptive"]
+    sigma_floor: Annotated[float, Field(gt=0)] = Field(description="least standard deviation that an advantage is divided by")
+    z_clip: Annotated[float, Field(gt=0)]
+    weight_clip_min: Annotated[float, Field(ge=0, lt=1)]
+    weight_clip_max: Annotated[float, Field(gt=1)]
+    concentration_floor: Fraction = Field(description="least exp(entropy) / N of the weights; below it beta is raised")
+
+
+class ExcessMethod(Method):
+    weighting: Literal["excess"]
+    keep_fraction: Annotated[float, Field(gt=0, le=1)] = Field(description="share of a sequence's tokens that train")
+
+
+AnyMethod = Annotated[UniformMethod | AdvantageMethod | ExcessMethod, Field(discriminator="weighting")]
+
+
+class Evaluation(Section):
+    humaneval_protocol: str
+    mbpp_protocol: str
+    max_problems: Positive | None = Field(description="per benchmark; null: all")
+    n_samples: Annotated[int, Field(ge=0)] = Field(description="sampled completions a problem, beside one greedy")
+    temperature: Annotated[float, Field(gt=0)]
+    top_p: Annotated[float, Field(gt=0, le=1)]
+    max_tokens: Positive = Field(description="generated tokens a completion")
+    batch_rows: Positive = Field(description="sequences generated side by side, per process")
+    ks: list[Positive]
+    workers: Positive = Field(description="judging processes")
+    cpu_seconds: Annotated[float, Field(gt=0)]
+    wall_seconds: Annotated[float, Field(gt=0)]
+    memory_mb: Positive
+
+
+class Report(Section):
+    method: str = Field(description="whose metrics become metrics/selected.json")
+    bootstrap: Annotated[int, Field(ge=100)] = Field(description="resamples of a paired interval")
+
+
+class Tracking(Section):
+    enabled: bool
+    tags: dict[str, str]
+
+
+class Params(Section):
+    seed: Annotated[int, Field(ge=0)]
+    source: Source
+    micro: Micro
+    data: Data
+    run: Run
+    optimizer: Optimizer
+    warm_up: Tuning
+    reference: Tuning
+    critic: Critic
+    policy: Policy
+    training: Training
+    methods: dict[str, AnyMethod]
+    evaluation: Evaluation
+    report: Report
+    tracking: Tracking
+    log_level: Literal["quiet", "info", "debug"]
+
+    @model_validator(mode="after")
+    def _report_names_a_method(self) -> "Params":
+        if self.report.method not in self.methods:
+            raise ValueError(f"report.method {self.report.method!r} is none of methods: {', '.join(self.methods)}")
+        return self
+
+
+def validate(values: dict[str, Any], where: str = "params.yaml") -> Params:
+    """The whole file against the schema; the first fault becomes one line that says what, where, expected and found."""
+    try:
+        return Params.model_validate(values)
+    except ValidationError as error:
+        raise ParameterError(_one_line(error, where)) from None
+
+
+def _one_line(error: ValidationError, where: str) -> str:
+    first = error.errors()[0]
+    key = ".".join(str(part) for part in first["loc"]) or "(top level)"
+    found = first["input"]
+    if first["type"] == "missing":
+        return f"{where}: {key}: this key is missing; add it (wmtp/params.py says what it means)"
+    if first["type"] == "extra_forbidden":
+        return f"{where}: {key}: unknown key; remove it or correct its spelling"
+    if isinstance(found, str) and re.fullmatch(r"[-+]?\d+[eE][-+]?\d+", found):
+        mantissa, exponent = re.split("[eE]", found)
+        return f"{where}: {key}: YAML reads {found} as text, expected a number; write {mantissa}.0e{exponent}"
+    return f"{where}: {key}: {first['msg']}, found {_short(found)}"
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ParameterError(f"{path}: no such file; run from the root of the repository") from None
+    except yaml.YAMLError as error:
+        raise ParameterError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise ParameterError(f"{path}: expected a mapping of sections, found {type(values).__name__}")
+    return values
+
+
+def declared_keys(stage: str, pipeline: dict[str, Any]) -> list[str]:
+    """The parameter keys that dvc.yaml lists for `stage` (`train@rho1`: `item` and `key` of its foreach or matrix filled in)."""
+    name, _, instance = stage.partition("@")
+    entry = pipeline["stages"].get(name)
+    if entry is None:
+        raise ParameterError(f"dvc.yaml: no stage {name}")
+    body = entry.get("do", entry)
+    items = entry.get("foreach", {})
+    item = items.get(instance) if isinstance(items, dict) else None
+
+    def fill(text: str) -> str:
+        text = text.replace("${key}", instance).replace("${item}", instance).replace("${item.method}", instance)
+        return re.sub(r"\$\{item\.(\w+)\}", lambda match: str(item[match[1]]), text)
+
+    return [fill(key) for key in body.get("params", [])]
+
+
+class View:
+    """The declared part of the parameters; reading anything else is an error that names the stage and the key."""
+
+    def __init__(self, values: BaseModel | dict[str, Any], declared: list[str], stage: str, path: str = ""):
+        self._values, self._declared, self._stage, self._path = values, declared, stage, path
+
+    def __getattr__(self, name: str) -> Any:
+        path = f"{self._path}{name}"
+        value = self._values[name] if isinstance(self._values, dict) else getattr(self._values, name)
+        if any(path == key or path.startswith(f"{key}.") for key in self._declared):
+            return value
+        if any(key.startswith(f"{path}.") for key in self._declared):
+            return View(value, self._declared, self._stage, f"{path}.")
+        raise ParameterError(f"stage {self._stage} reads {path}, which dvc.yaml does not declare for it; add it to that stage's params")
+
+    def __getitem__(self, name: str) -> Any:
+        return getattr(self, name)
+
+    def declared(self) -> dict[str, Any]:
+        """Every declared value by its dotted key, JSON-ready: what a fingerprint or a tracker needs."""
+        return {key: _plain(_resolve(self._values, key)) for key in sorted(set(self._declared))}
+
+
+def _resolve(values: Any, key: str) -> Any:
+    for part in key.split("."):
+        values = values[part] if isinstance(values, dict) else getattr(values, part)
+    return values
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(part) for key, part in value.items()}
+    return value.model_dump(mode="json") if isinstance(value, BaseModel) else value
+
+
+# Keys that change how a stage runs or is followed, never what it makes; DVC does not track them.
+OPERATIONAL = ["tracking", "log_level", "run.checkpoint_every"]
+
+
+def load(root: Path = Path()) -> View:
+    """The parameters as the running stage may see them; by hand, without DVC, everything."""
+    whole = validate(read_yaml(root / "params.yaml"))
+    stage = os.environ.get("DVC_STAGE")
+    if stage is None:
+        return View(whole, list(Params.model_fields), "(by hand)")
+    if "WMTP_DECLARED" in os.environ:
+        return View(whole, json.loads(os.environ["WMTP_DECLARED"]), stage)
+    declared = declared_keys(stage, read_yaml(root / "dvc.yaml"))
+    return View(whole, declared + OPERATIONAL, stage)

@@ -1,0 +1,81 @@
+"""data/raw: the four folders in their sources' own layouts, brought there by fetch-data and read as records by prepare.
+
+    codecontests/  problems.jsonl[.gz], solutions.jsonl[.gz]        humaneval/  HumanEval.jsonl[.gz]
+    functions/     problems.jsonl[.gz], solutions.jsonl[.gz]        mbpp/       mbpp.jsonl[.gz]
+
+The two benchmarks must be there, and at least one of the first two, or MBPP's training part, gives something to train on.
+"""
+
+import shutil
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+from wmtp import problems
+from wmtp.records import Problem, RecordError, Solution
+
+FOLDERS = ("codecontests", "functions", "humaneval", "mbpp")
+
+
+class Corpus(NamedTuple):
+    """Problems that may be trained on, their programs by task, the benchmarks that are held out, and what was dropped by reason."""
+
+    training: list[Problem]
+    solutions: dict[str, list[Solution]]
+    benchmarks: dict[str, list[Problem]]
+    dropped: Counter[str]
+
+
+def copy_folders(path: Path, folders: Mapping[str, str | None], out: Path) -> dict[str, int]:
+    """The named folders of `path` as out/codecontests and so on; everything is checked to be there before anything is copied."""
+    wanted = {name: path / folder for name, folder in folders.items() if folder is not None}
+    for name, folder in wanted.items():
+        if not folder.is_dir():
+            raise RecordError(f"{folder}: no such folder; source.data.path and source.data.folders.{name} should lead to the {name} files")
+    out.mkdir(parents=True, exist_ok=True)
+    counts = {}
+    for name, folder in wanted.items():
+        files = [file for file in sorted(folder.iterdir()) if file.name.endswith((".jsonl", ".jsonl.gz"))]
+        if not files:
+            raise RecordError(f"{folder}: no .jsonl or .jsonl.gz file there; source.data.folders.{name} should name the {name} files")
+        (out / name).mkdir(exist_ok=True)
+        for file in files:
+            shutil.copyfile(file, out / name / file.name)
+        counts[name] = len(files)
+    return counts
+
+
+def read_raw(raw: Path) -> Corpus:
+    """Every folder as records; MBPP's test part is a benchmark, its training part is trained on, its other parts are left out."""
+    training: list[Problem] = []
+    solutions: dict[str, list[Solution]] = {}
+    dropped: Counter[str] = Counter()
+    for name, reader in (("codecontests", problems.read_codecontests), ("functions", problems.read_functions)):
+        if (raw / name).is_dir():
+            found, programs, reasons = reader(raw / name)
+            training += found
+            dropped.update({f"{name}: {reason}": count for reason, count in reasons.items()})
+            for program in programs:
+                solutions.setdefault(program.task_id, []).append(program)
+    mbpp = problems.read_mbpp(one_file(raw / "mbpp", "mbpp"))
+    for problem in mbpp:
+        if problems.mbpp_split(problem) == "train":
+            training.append(problem)
+            solutions[problem.task_id] = [
+                Solution(task_id=problem.task_id, solution_id=f"{problem.task_id}/reference", program=problem.reference, is_correct=True,
+                         origin="reference")
+            ]  # fmt: skip
+    benchmarks = {
+        "humaneval": problems.read_humaneval(one_file(raw / "humaneval", "HumanEval")),
+        "mbpp": [problem for problem in mbpp if problems.mbpp_split(problem) == "test"],
+    }
+    return Corpus(training, solutions, benchmarks, dropped)
+
+
+def one_file(folder: Path, stem: str) -> Path:
+    """folder/stem.jsonl or its .gz form."""
+    for suffix in (".jsonl.gz", ".jsonl"):
+        if (folder / f"{stem}{suffix}").is_file():
+            return folder / f"{stem}{suffix}"
+    raise RecordError(f"{folder}: neither {stem}.jsonl nor {stem}.jsonl.gz is there; see the layout that fetch-data writes (wmtp/raw_data.py)")

@@ -1,0 +1,361 @@
+"""The trusted process of one worker: holds the tests, runs them here, and sends the sample nothing but calls.
+
+Reads jobs as JSON lines on stdin, writes one outcome a line on stdout. A comparison that a hostile answer makes endless dies by the
+alarm set for each job; the parent knows that signal.
+"""
+
+import ast
+import builtins
+import dataclasses
+import functools
+import importlib
+import json
+import os
+import random
+import secrets
+import signal
+import sys
+import types
+
+from wmtp import checkers, codec, confine
+from wmtp.sandbox import Ended, HarnessError, Limits, Sample, Sandbox
+
+_RAISABLE = {
+    kind.__name__: kind
+    for kind in (
+        ArithmeticError, AssertionError, AttributeError, EOFError, IndexError, KeyError, LookupError, NameError, NotImplementedError,
+        OSError, OverflowError, RecursionError, RuntimeError, StopIteration, TypeError, ValueError, ZeroDivisionError,
+    )
+}  # fmt: skip
+
+
+class CannotCross(Exception):
+    """A test passes the program something that exists on this side alone."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Decision:
+    verdict: str
+    detail: str
+    starved: bool = False
+
+
+class Remote:
+    """An object that stays in the sample. Equal to itself alone: the program's own `__eq__` is never asked."""
+
+    def __init__(self, session: "Session", number: int) -> None:
+        self.__dict__.update(_session=session, _number=number)
+
+    def __call__(self, *arguments: object, **keywords: object) -> object:
+        return self._session.apply("call", self, *arguments, **keywords)
+
+    def __iter__(self):
+        return iter(self._session.apply("list", self))
+
+    def __len__(self) -> int:
+        return self._session.apply("len", self)
+
+    def __bool__(self) -> bool:
+        return self._session.apply("bool", self) is True
+
+    def __str__(self) -> str:
+        return self._session.apply("str", self)
+
+    def __getitem__(self, key: object) -> object:
+        return self._session.apply("item", self, key)
+
+    def __getattr__(self, name: str) -> object:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return self._session.apply("attribute", self, name)
+
+    def __setattr__(self, name: str, value: object) -> None:
+        self._session.apply("assign", self, name, value)
+
+
+class Session:
+    """The program of one sample as the tests see it."""
+
+    def __init__(self, sample: Sample) -> None:
+        self.sample = sample
+
+    def resolve_number(self, number: int) -> Remote:
+        return Remote(self, number)
+
+    def ask(self, message: dict) -> object:
+        """The value in the answer; what the program raised is raised here, under its own name where that is a standard one."""
+        answer = self.sample.request(message)
+        if type(answer.get("raised")) is str:
+            raise self.raised(answer["raised"][:60], str(answer.get("text"))[:200])
+        if answer.get("missing") is True:
+            raise self.raised("NameError", f"name {message['name']!r} is not defined")
+        if "value" not in answer:
+            self.sample.end(Ended("crash", "not an answer"))
+        return answer["value"]
+
+    def raised(self, name: str, text: str) -> Exception:
+        if name == "MemoryError":
+            self.sample.end(Ended("memory", f"more than {self.sample.limits.memory_mb} MB"))
+        if name == "CodecError":
+            self.sample.end(Ended("output-limit", text))
+        error = _RAISABLE.get(name, RuntimeError)(text)
+        error.of_sample = f"{name}: {text}" if text else name
+        return error
+
+    def value(self, form: object) -> object:
+        try:
+            return codec.decode(form, self.resolve_number)
+        except codec.CodecError as error:
+            self.sample.end(Ended("output-limit", str(error)))
+
+    def load(self, program: str, standalone: bool = False) -> None:
+        self.ask({"op": "load", "program": program, "standalone": standalone})
+
+    def run(self, source: str) -> None:
+        nonce = secrets.token_hex(16)
+        if self.ask({"op": "run", "source": source, "nonce": nonce}) != nonce:
+            self.sample.end(Ended("crash", "not an answer"))
+
+    def resolve(self, name: str) -> object:
+        form = self.ask({"op": "resolve", "name": name})
+        if type(form) is list and form and form[0] == "m":
+            return trusted_module(form[-1])
+        return self.value(form)
+
+    def apply(self, operation: str, *arguments: object, **keywords: object) -> object:
+        message = {
+            "op": "apply",
+            "operation": operation,
+            "arguments": [self.form(argument) for argument in arguments],
+            "keywords": {name: self.form(value) for name, value in keywords.items()},
+        }
+        return self.value(self.ask(message))
+
+    def form(self, value: object) -> object:
+        return codec.encode(value, self.number_of)
+
+    def number_of(self, value: object) -> int:
+        if type(value) is Remote and value._session is self:
+            return value._number
+        raise CannotCross(f"a value of type {type(value).__name__}")
+
+
+def trusted_module(name: object) -> types.ModuleType:
+    """This side's own module where the program imported one of the standard library."""
+    if type(name) is str and name.partition(".")[0] in sys.stdlib_module_names and name.partition(".")[0] != "__main__":
+        return importlib.import_module(name)
+    raise KeyError(name)
+
+
+class Names(dict):
+    """Globals of a trusted test: its own names first, builtins next, and what is left, or named in `subjects`, comes from the program."""
+
+    def __init__(self, session: Session, subjects: frozenset[str] = frozenset()) -> None:
+        super().__init__(__name__="test", __builtins__=builtins)
+        self.session = session
+        self.subjects = subjects
+
+    def __missing__(self, name: str) -> object:
+        if hasattr(builtins, name) and name not in self.subjects:
+            raise KeyError(name)
+        self[name] = value = self.session.resolve(name)
+        return value
+
+
+@functools.lru_cache(maxsize=4096)
+def compiled(source: str, mode: str = "exec") -> types.CodeType:
+    return compile(source, "test", mode, dont_inherit=True, optimize=0)
+
+
+@functools.lru_cache(maxsize=4096)
+def shadowing(statements: tuple[str, ...]) -> frozenset[str]:
+    """Names of the functions under test that are also builtins: where the statements name nothing else, the first that each calls."""
+    first: set[str] = set()
+    for statement in statements:
+        nodes = list(ast.walk(ast.parse(statement)))
+        if any(isinstance(node, ast.Name) and not hasattr(builtins, node.id) for node in nodes):
+            return frozenset()
+        calls = [node.func for node in nodes if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)]
+        first.update(call.id for call in sorted(calls, key=lambda call: (call.lineno, call.col_offset))[:1])
+    return frozenset(first)
+
+
+def helpers(prompt: str, names: Names) -> None:
+    """Defines what the prompt itself defines, so that tests which use its helpers use the true ones.
+
+    A prompt that is no program even with an empty body is left alone: its names then come from the program.
+    """
+    for ending in ("", "\n    pass\n"):
+        try:
+            code = compiled(prompt + ending)
+        except SyntaxError:
+            continue
+        exec(code, names)
+        return
+
+
+def run_check(session: Session, job: dict, tests: dict) -> None:
+    names = Names(session)
+    helpers(job["prompt"], names)
+    names.pop(tests["entry_point"], None)
+    exec(compiled(tests["test"]), names)
+    names["check"](session.resolve(tests["entry_point"]))
+
+
+def run_asserts(session: Session, job: dict, tests: dict) -> None:
+    names = Names(session, shadowing(tuple(tests["asserts"])))
+    if tests["setup"].strip():
+        session.run(tests["setup"])
+        exec(compiled(tests["setup"]), names)
+    for statement in tests["asserts"]:
+        exec(compiled(statement), names)
+
+
+def run_calls(session: Session, job: dict, tests: dict) -> None:
+    names = Names(session, shadowing(tuple(tests["calls"])))
+    if tests["setup"].strip():
+        session.run(tests["setup"])
+        exec(compiled(tests["setup"]), names)
+    for call, expected in zip(tests["calls"], tests["expected"], strict=True):
+        found = str(eval(compiled(call, "eval"), names))
+        assert found == expected, f"{call}: expected {expected[:80]}, found {found[:80]}"
+
+
+RUN = {"check": run_check, "asserts": run_asserts, "calls": run_calls}
+
+
+def inside_source(tests: dict) -> str:
+    """The same test as statements for the sample, where values cannot cross."""
+    if tests["kind"] == "check":
+        return f"{tests['test']}\ncheck({tests['entry_point']})\n"
+    if tests["kind"] == "asserts":
+        return "\n".join([tests["setup"], *tests["asserts"]])
+    pairs = zip(tests["calls"], tests["expected"], strict=True)
+    return "\n".join([tests["setup"], *(f"assert str({call}) == {expected!r}" for call, expected in pairs)])
+
+
+def outside(session: Session, job: dict) -> Decision:
+    """Loads the program, then runs the tests on this side; pass only if they ran to their end."""
+    try:
+        session.load(job["program"])
+        RUN[job["tests"]["kind"]](session, job, job["tests"])
+    except (CannotCross, HarnessError, Ended):
+        raise
+    except BaseException as error:  # a test fails by whatever it raises
+        return failure(error, session)
+    if session.sample.ended is not None:
+        raise session.sample.ended
+    return Decision("pass", "")
+
+
+def failure(error: BaseException, session: Session) -> Decision:
+    if session.sample.ended is not None:
+        raise session.sample.ended from None
+    if hasattr(error, "of_sample"):
+        return Decision("error", error.of_sample)
+    text = str(error).splitlines()
+    return Decision("fail", f"{type(error).__name__}{': ' + text[0][:200] if text else ''}")
+
+
+def inside(session: Session, job: dict, reason: str) -> Decision:
+    try:
+        session.load(job["program"])
+        session.run(inside_source(job["tests"]))
+    except (HarnessError, Ended):
+        raise
+    except Exception as error:
+        made = failure(error, session)
+        verdict = "fail" if made.detail.startswith("AssertionError") else made.verdict
+        return Decision(verdict, f"{made.detail} (tests ran inside: {reason})")
+    return Decision("pass", f"tests ran inside the sample: the test passes {reason}")
+
+
+def decide_function(sandbox: Sandbox, job: dict) -> Decision:
+    """Verdict on a program whose functions are called."""
+    with open(os.devnull, "r+b") as null:
+        try:
+            with sandbox.start(null.fileno(), null.fileno()) as sample:
+                return outside(Session(sample), job)
+        except CannotCross as error:
+            with sandbox.start(null.fileno(), null.fileno()) as sample:
+                return inside(Session(sample), job, str(error))
+
+
+def decide_stdio(sandbox: Sandbox, job: dict) -> Decision:
+    """Verdict on a program that reads stdin: a fresh sample for each input, up to the first that does not pass."""
+    tests = job["tests"]
+    for number, (given, expected) in enumerate(zip(tests["inputs"], tests["outputs"], strict=True), 1):
+        watch(sandbox.limits)
+        found = run_stdio(sandbox, job["program"], given)
+        where = f"input {number} of {len(tests['inputs'])}: "
+        if isinstance(found, Decision):
+            return dataclasses.replace(found, detail=where + found.detail)
+        if not checkers.CHECKERS[tests["checker"]](found, expected):
+            return Decision("fail", f"{where}expected {expected.strip()[:80]!r}, found {found.strip()[:80]!r}")
+    return Decision("pass", "")
+
+
+def run_stdio(sandbox: Sandbox, program: str, given: str) -> str | Decision:
+    """What the program printed, or the decision where it did not end well."""
+    limit = sandbox.limits.output_bytes
+    stdin, stdout = os.memfd_create("stdin"), os.memfd_create("stdout")
+    try:
+        os.write(stdin, given.encode())
+        os.lseek(stdin, 0, os.SEEK_SET)
+        with sandbox.start(stdin, stdout) as sample:
+            session = Session(sample)
+            try:
+                session.load(program, standalone=True)
+            except Ended as ended:
+                leaving = ended
+            except Exception as error:
+                made = failure(error, session)
+                full = os.fstat(stdout).st_size >= limit
+                return Decision("output-limit", f"more than {limit} bytes") if full else made
+            else:
+                return Decision("crash", "not an answer")
+        if os.fstat(stdout).st_size >= limit:
+            return Decision("output-limit", f"more than {limit} bytes")
+        if leaving.verdict != "error" or leaving.detail != "left with exit status 0":
+            raise leaving
+        return os.pread(stdout, limit, 0).decode(errors="replace")
+    finally:
+        os.close(stdin)
+        os.close(stdout)
+
+
+def watch(limits: Limits) -> None:
+    """SIGALRM ends this process when judging takes more than two samples and as long again."""
+    signal.setitimer(signal.ITIMER_REAL, 3 * limits.wall_seconds + 2.0)
+
+
+def decide(sandbox: Sandbox, job: dict) -> Decision:
+    random.seed(0)
+    watch(sandbox.limits)
+    try:
+        return (decide_stdio if job["tests"]["kind"] == "stdio" else decide_function)(sandbox, job)
+    except Ended as ended:
+        return Decision(ended.verdict, ended.detail, ended.starved)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+
+
+def main() -> None:
+    """Serves jobs until stdin ends; a HarnessError is reported as such and the fork server started anew."""
+    replies = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    with open(os.devnull, "w") as null:
+        os.dup2(null.fileno(), 1)  # a test may print
+    confine.hide_from_tracers()
+    confine.die_with_parent()
+    limits = Limits(**json.loads(sys.stdin.readline()))
+    sandbox = Sandbox(limits)
+    for line in sys.stdin:
+        try:
+            decision = decide(sandbox, json.loads(line))
+        except HarnessError as error:
+            decision = Decision("harness-error", str(error))
+            sandbox.__exit__()
+            sandbox = Sandbox(limits)
+        replies.write(json.dumps(dataclasses.asdict(decision)) + "\n")
+        replies.flush()
+    sandbox.__exit__()

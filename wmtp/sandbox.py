@@ -1,0 +1,266 @@
+"""The judge's side of an untrusted program: starts the fork server, talks to one sample at a time, times and kills it.
+
+What holds depends on the tier that the fork server found (`Sandbox.tier`); see `wmtp.confine`. Not covered: faults of the kernel itself,
+and in the tier `rlimits` acts against other files and processes of the same user.
+"""
+
+import dataclasses
+import os
+import select
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from wmtp import codec, confine
+from wmtp.runtime import LENGTH
+
+_ROOT = str(Path(__file__).resolve().parents[1])
+_START_SECONDS = 60.0
+_REAP_SECONDS = 30.0
+_FIRST_SAMPLE_USER = 61184
+# A sample under suspicion of a time-out is looked at no more often than this.
+_TICK_SECONDS = 0.005
+
+
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """Per program, or per input of a program that reads stdin. CPU time decides; the wall limit catches sleepers.
+
+    memory_mb: address space, interpreter included (about 30 MB). output_bytes: stdout, each file written, and each answer.
+    """
+
+    cpu_seconds: float = 3.0
+    wall_seconds: float = 10.0
+    memory_mb: int = 512
+    output_bytes: int = 16 << 20
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            if not getattr(self, field.name) > 0:
+                raise ValueError(f"limits.{field.name}: expected more than 0, found {getattr(self, field.name)}")
+
+
+class HarnessError(RuntimeError):
+    """The sandbox itself failed; says nothing about the program."""
+
+
+class Ended(Exception):
+    """The sample gave no answer and will give none. `starved`: it hit the wall limit with CPU time to spare."""
+
+    def __init__(self, verdict: str, detail: str, starved: bool = False) -> None:
+        super().__init__(f"{verdict}: {detail}")
+        self.verdict, self.detail, self.starved = verdict, detail, starved
+
+
+def interpreter(entry: str) -> list[str]:
+    """Command for a bare interpreter that runs `entry` (module:function) of this package.
+
+    Like -I, but the environment is read, because it is our own and fixes the hash seed: verdicts must not depend on the order of sets.
+    """
+    module, function = entry.split(":")
+    code = f"import sys; sys.path.insert(0, {_ROOT!r}); from {module} import {function} as entry; entry()"
+    return [sys.executable, "-P", "-s", "-S", "-B", "-X", "utf8", "-c", code]
+
+
+def environment() -> dict[str, str]:
+    # One malloc arena: further ones reserve address space that counts against the memory limit.
+    return {"PYTHONHASHSEED": "0", "PATH": "/usr/bin:/bin", "LANG": "C.UTF-8", "HOME": "/tmp", "TZ": "UTC", "MALLOC_ARENA_MAX": "1"}
+
+
+class Sandbox:
+    """One fork server; `start` gives samples, one at a time. A context manager: leaving it kills whatever is left."""
+
+    def __init__(self, limits: Limits) -> None:
+        self.limits = limits
+        self.scratch = Path(tempfile.mkdtemp(prefix="wmtp-judge-"))
+        self.scratch.chmod(0o711)
+        self.serial = 0
+        self.user = _FIRST_SAMPLE_USER + os.getpid() % 4000 if os.geteuid() == 0 else None
+        self.processes = confine.MAX_PROCESSES + (0 if self.user is not None else confine.processes_of(os.geteuid()))
+        self.control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self.errors = tempfile.TemporaryFile()
+        command = interpreter("wmtp.zygote:main")
+        self.zygote = subprocess.Popen(
+            [*command, str(theirs.fileno())],
+            env=environment(),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=self.errors,
+            pass_fds=[theirs.fileno()],
+            cwd="/",
+            start_new_session=True,
+        )
+        theirs.close()
+        self.control.settimeout(_START_SECONDS)
+        self.tier = self.ask({"op": "hello"})["tier"]
+
+    def __enter__(self) -> "Sandbox":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.control.close()
+        self.zygote.kill()
+        self.zygote.wait()
+        self.errors.close()
+        _remove(self.scratch)
+
+    def ask(self, request: dict, descriptors: tuple[int, ...] = ()) -> dict:
+        """One request to the fork server; anything but an answer is a HarnessError that carries its last words."""
+        try:
+            socket.send_fds(self.control, [codec.dumps(request)], descriptors)
+            body = self.control.recv(4096)
+        except OSError as error:
+            raise HarnessError(f"fork server: no answer to {request['op']}: {error}") from None
+        if not body:
+            self.errors.seek(0)
+            words = self.errors.read().decode(errors="replace").strip().splitlines()
+            raise HarnessError(f"fork server ended at {request['op']}: {words[-1] if words else 'no message'}")
+        return codec.loads(body)
+
+    def start(self, stdin: int, stdout: int) -> "Sample":
+        """A fresh sample over the given descriptors, in an empty directory of its own, ready for its program."""
+        self.serial += 1
+        directory = self.scratch / str(self.serial)
+        directory.mkdir()
+        directory.chmod(0o777)
+        ours, theirs = socket.socketpair()
+        request = {
+            "op": "fork",
+            "directory": str(directory),
+            "memory_bytes": self.limits.memory_mb << 20,
+            "cpu_seconds": self.limits.cpu_seconds,
+            "file_bytes": self.limits.output_bytes,
+            "processes": self.processes,
+            "user": self.user,
+        }
+        with theirs:
+            pid = self.ask(request, (theirs.fileno(), stdin, stdout))["pid"]
+        return Sample(self, ours, pid, directory)
+
+
+def _remove(directory: Path) -> None:
+    """Deletes a directory whatever a sample did to the permissions inside it."""
+    try:
+        directory.rmdir()
+        return
+    except OSError:
+        for path, _, _ in os.walk(directory):
+            if not os.path.islink(path):
+                os.chmod(path, 0o700)
+    shutil.rmtree(directory)
+
+
+class Sample:
+    """A running sample. Every wait counts against one total of CPU and wall time; a context manager that kills on leaving."""
+
+    def __init__(self, sandbox: Sandbox, channel: socket.socket, pid: int, directory: Path) -> None:
+        self.sandbox, self.limits, self.channel, self.pid, self.directory = sandbox, sandbox.limits, channel, pid, directory
+        self.clock = ((~pid) << 3) | 2  # the kernel's number for the CPU clock of another process
+        self.started = time.monotonic()
+        self.ended: Ended | None = None
+        self.ending: dict | None = None
+        channel.setblocking(False)
+        self.poll = select.poll()
+        try:
+            self.receive()
+        except Ended as error:
+            self.stop()
+            raise HarnessError(f"sample did not start: {error}") from None
+
+    def __enter__(self) -> "Sample":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def stop(self) -> dict:
+        """Kills the sample and all its descendants; wait status and CPU seconds of the sample."""
+        if self.ending is None:
+            self.sandbox.control.settimeout(_REAP_SECONDS)
+            self.ending = self.sandbox.ask({"op": "reap"})
+            self.channel.close()
+            _remove(self.directory)
+        return self.ending
+
+    def wait(self, event: int) -> None:
+        """Until the channel is ready for `event`; past a limit the sample ends."""
+        self.poll.register(self.channel, event)
+        while True:
+            cpu = time.clock_gettime(self.clock)
+            wall = time.monotonic() - self.started
+            if cpu >= self.limits.cpu_seconds:
+                self.end(Ended("timeout", f"more than {self.limits.cpu_seconds:g} s of CPU time"))
+            if wall >= self.limits.wall_seconds:
+                self.end(Ended("timeout", f"more than {self.limits.wall_seconds:g} s by the clock", starved=True))
+            left = min(self.limits.cpu_seconds - cpu, self.limits.wall_seconds - wall)
+            if self.poll.poll(1000 * max(left, _TICK_SECONDS)):
+                return
+
+    def end(self, ended: Ended) -> None:
+        """Remembers why, because a test may swallow the exception."""
+        self.ended = ended
+        raise ended
+
+    def receive(self) -> object:
+        size = LENGTH.unpack(self.exactly(LENGTH.size))[0]
+        if size > self.limits.output_bytes:
+            self.end(Ended("output-limit", f"an answer of {size} bytes, limit {self.limits.output_bytes}"))
+        try:
+            return codec.loads(self.exactly(size))
+        except codec.CodecError as error:
+            self.end(Ended("crash", f"not an answer: {error}"))
+
+    def exactly(self, size: int) -> bytes:
+        parts = bytearray()
+        while len(parts) < size:
+            self.wait(select.POLLIN)
+            try:
+                part = self.channel.recv(size - len(parts))
+            except ConnectionResetError:
+                part = b""
+            if not part:
+                self.end(self.death())
+            parts += part
+        return bytes(parts)
+
+    def send(self, message: object) -> None:
+        body = codec.dumps(message)
+        left = memoryview(LENGTH.pack(len(body)) + body)
+        while left:
+            try:
+                left = left[self.channel.send(left) :]
+            except BlockingIOError:
+                self.wait(select.POLLOUT)
+            except (BrokenPipeError, ConnectionResetError):
+                self.end(self.death())
+
+    def request(self, message: dict) -> dict:
+        """The sample's answer as it came: untrusted, and perhaps not even a dictionary of the expected keys."""
+        if self.ended is not None:
+            raise self.ended
+        self.send(message)
+        answer = self.receive()
+        if type(answer) is not dict:
+            self.end(Ended("crash", "not an answer"))
+        return answer
+
+    def death(self) -> Ended:
+        """The verdict on a sample that closed its channel."""
+        ending = self.stop()
+        return judge_status(ending["status"], ending["cpu"], self.limits)
+
+
+def judge_status(status: int, cpu: float, limits: Limits) -> Ended:
+    if os.WIFEXITED(status):
+        return Ended("error", f"left with exit status {os.WEXITSTATUS(status)}")
+    number = os.WTERMSIG(status)
+    if cpu >= limits.cpu_seconds and number in (signal.SIGKILL, signal.SIGXCPU):
+        return Ended("timeout", f"more than {limits.cpu_seconds:g} s of CPU time")
+    if number == signal.SIGXFSZ:
+        return Ended("output-limit", f"a file of more than {limits.output_bytes} bytes")
+    return Ended("crash", f"killed by signal {signal.Signals(number).name if number in set(signal.Signals) else number}")

@@ -1,0 +1,209 @@
+"""Records to tokenised Arrow data sets: prompt template, response spans, lengths, and the manifest that later stages check.
+
+A row is one program: prompt_ids + response_ids + [eos], built side by side, so that the prompt's length is never guessed by
+tokenising twice.
+"""
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from wmtp.protocols import instruction_of, render_prompt
+from wmtp.records import Problem, Solution, sha256_file, write_text
+
+
+class TokenError(ValueError):
+    """Text that does not survive its tokenizer, or token data that is not what its manifest says."""
+
+
+class Tokenizer:
+    """SentencePiece as Llama uses it. `decode(prompt + response)` gives the text back exactly, dummy prefix or not."""
+
+    def __init__(self, bundle: str | Path):
+        import sentencepiece
+
+        self.path = Path(bundle) / "tokenizer.model"
+        if not self.path.is_file():
+            raise TokenError(f"{self.path}: no tokenizer there; run the stage that makes {bundle} (dvc repro)")
+        self.pieces = sentencepiece.SentencePieceProcessor(model_file=str(self.path))
+        self.sha256 = sha256_file(self.path)
+        self.bos, self.eos = self.pieces.bos_id(), self.pieces.eos_id()
+        self._newline = self.pieces.encode("\n")
+
+    def __len__(self) -> int:
+        return self.pieces.vocab_size()
+
+    def encode_prompt(self, prompt: str) -> list[int]:
+        """BOS and the prompt, which must end in a newline so that the response starts a line of its own."""
+        return [self.bos, *self.pieces.encode(prompt)]
+
+    def encode_response(self, response: str) -> list[int]:
+        """The response as it stands after a newline: a tokenizer with a dummy prefix would otherwise add a space before it."""
+        ids = self.pieces.encode("\n" + response)
+        n = len(self._newline)
+        if ids[:n] != self._newline:
+            raise TokenError(f"{self.path}: merges a newline with the text after it; prompt and response cannot be told apart")
+        return ids[n:]
+
+    def decode_response(self, prompt_ids: Sequence[int], response_ids: Sequence[int]) -> str:
+        """The response's text, its leading white space kept; end-of-text and padding must be cut off before."""
+        newline = self.pieces.decode(self._newline)
+        return self.pieces.decode([*self._newline, *response_ids])[len(newline) :]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One tokenised program; `response_start` is P, the last id is EOS at L. `span` = tokens of the known difference, or (-1, -1)."""
+
+    input_ids: list[int]
+    response_start: int
+    is_correct: bool
+    problem: int
+    solution_id: str
+    span: tuple[int, int]
+
+
+def encode_row(tokenizer: Tokenizer, problem: Problem, index: int, solution: Solution, template: str) -> Row:
+    prompt = render_prompt(*instruction_of(problem), template)
+    prompt_ids, response_ids = tokenizer.encode_prompt(prompt), tokenizer.encode_response(solution.program)
+    if tokenizer.pieces.decode(prompt_ids[1:] + response_ids) != prompt + solution.program:
+        raise TokenError(f"{solution.solution_id}: text does not survive {tokenizer.path}: {(prompt + solution.program)[:80]!r}...")
+    span = (-1, -1) if solution.span is None else _token_span(tokenizer, response_ids, solution.span, len(prompt_ids))
+    return Row([*prompt_ids, *response_ids, tokenizer.eos], len(prompt_ids), solution.is_correct, index, solution.solution_id, span)
+
+
+def encode_split(
+    tokenizer: Tokenizer, problems: Sequence[Problem], solutions: dict[str, list[Solution]], template: str, max_length: int
+) -> tuple[list[Row], dict[str, int]]:
+    """Rows of a split in the problems' order, and how many programs were shortened or dropped, by reason."""
+    rows, counts = [], Counter()
+    for index, problem in enumerate(problems):
+        for solution in solutions.get(problem.task_id, []):
+            row = encode_row(tokenizer, problem, index, solution, template)
+            if len(row.input_ids) > max_length:
+                row = _shortened(tokenizer, problem, index, solution, template, len(row.input_ids) - max_length)
+                counts["statement shortened"] += len(row.input_ids) <= max_length
+            if len(row.input_ids) > max_length:
+                counts["dropped: longer than data.max_length"] += 1
+            else:
+                rows.append(row)
+    return rows, dict(sorted(counts.items()))
+
+
+def _shortened(tokenizer: Tokenizer, problem: Problem, index: int, solution: Solution, template: str, excess: int) -> Row:
+    """The row with its statement cut from the end by at least `excess` tokens, as far as there is statement to cut."""
+    pieces = tokenizer.pieces.encode(problem.statement)
+    # A few tokens more than the excess: a cut text may be encoded in more pieces than its part of the whole was.
+    kept = tokenizer.pieces.decode(pieces[: max(1, len(pieces) - excess - 4)])
+    return encode_row(tokenizer, problem.model_copy(update={"statement": kept}), index, solution, template)
+
+
+def _token_span(tokenizer: Tokenizer, response_ids: list[int], span: tuple[int, int], offset: int) -> tuple[int, int]:
+    """Characters [start, end) of the response to token positions [first, last) of the row."""
+    # Lengths of decoded prefixes are exact where token boundaries split no multi-byte character, which holds for ASCII spans.
+    ends = [len(tokenizer.decode_response((), response_ids[: i + 1])) for i in range(len(response_ids))]
+    first = next(i for i, end in enumerate(ends) if end > span[0])
+    last = next((i for i, end in enumerate(ends) if end >= span[1]), len(ends) - 1)
+    return offset + first, offset + last + 1
+
+
+def write_split(path: Path, rows: list[Row], problems: list[Problem]) -> dict[str, Any]:
+    """An Arrow data set of rows and, beside it, the problem index; returns counts for the report. Equal rows give equal bytes."""
+    import pyarrow as pa
+    from datasets import Dataset, disable_progress_bars
+
+    disable_progress_bars()
+    table = pa.table({
+        "input_ids": pa.array([row.input_ids for row in rows], pa.list_(pa.int32())),
+        "response_start": pa.array([row.response_start for row in rows], pa.int32()),
+        "length": pa.array([len(row.input_ids) for row in rows], pa.int32()),
+        "is_correct": pa.array([row.is_correct for row in rows], pa.bool_()),
+        "problem": pa.array([row.problem for row in rows], pa.int32()),
+        "solution_id": pa.array([row.solution_id for row in rows], pa.string()),
+        "span_start": pa.array([row.span[0] for row in rows], pa.int32()),
+        "span_end": pa.array([row.span[1] for row in rows], pa.int32()),
+    })  # fmt: skip
+    # A fingerprint of our own: the library's default is random, and DVC would see a change where there is none.
+    Dataset(table, fingerprint="wmtp").save_to_disk(str(path / "rows"))
+    by_problem: dict[int, dict[str, list[int]]] = {}
+    for number, row in enumerate(rows):
+        by_problem.setdefault(row.problem, {"correct": [], "incorrect": []})["correct" if row.is_correct else "incorrect"].append(number)
+    index = [
+        {"task_id": problems[p].task_id, "source": problems[p].source, "group": problems[p].group, "difficulty": problems[p].difficulty, **found}
+        for p, found in sorted(by_problem.items())
+    ]
+    write_text(path / "problems.json", json.dumps(index, indent=0))
+    n_correct = sum(row.is_correct for row in rows)
+    return {
+        "problems": len(index), "correct": n_correct, "incorrect": len(rows) - n_correct, "tokens": sum(len(row.input_ids) for row in rows),
+        "longest": max((len(row.input_ids) for row in rows), default=0),
+    }  # fmt: skip
+
+
+class TokenData:
+    """A split on disk, memory-mapped: only the rows that are asked for are read."""
+
+    def __init__(self, processed: str | Path, split: str):
+        from datasets import load_from_disk
+
+        self.path = Path(processed) / split
+        if not (self.path / "rows").is_dir():
+            raise TokenError(f"{self.path}: no token data there; run prepare-and-validate-datasets (dvc repro)")
+        self.manifest = json.loads((Path(processed) / "manifest.json").read_text())
+        self.tokenizer_sha256: str = self.manifest["tokenizer_sha256"]
+        self.sha256: str = self.manifest["splits"][split]["sha256"]
+        self.rows = load_from_disk(str(self.path / "rows")).with_format("numpy")
+        self.problems: list[dict[str, Any]] = json.loads((self.path / "problems.json").read_text())
+        if len(self.rows) == 0:
+            raise TokenError(f"{self.path}: the split is empty; raise its share in data.splits or add data")
+        self.lengths = self._column("length")
+        self.response_start = self._column("response_start")
+        self.problem_of = self._column("problem")
+        self.is_correct = self._column("is_correct").astype(bool)
+
+    def _column(self, name: str) -> np.ndarray:
+        return np.asarray(self.rows.data.column(name).to_numpy())
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def input_ids(self, rows: Sequence[int]) -> list[np.ndarray]:
+        return list(self.rows[list(map(int, rows))]["input_ids"])
+
+    def spans(self) -> np.ndarray:
+        """[rows, 2] token positions of the known first difference, -1 where unknown."""
+        return np.stack([self._column("span_start"), self._column("span_end")], axis=1)
+
+    def correct_rows(self) -> np.ndarray:
+        return np.flatnonzero(self.is_correct)
+
+
+def write_manifest(processed: Path, tokenizer: Tokenizer, template: str, counts: dict[str, dict[str, Any]]) -> None:
+    """What later stages check: the tokenizer's hash, the template, and for each split its counts and one hash over its files."""
+    files = file_hashes(processed)
+    manifest: dict[str, Any] = {"tokenizer_sha256": tokenizer.sha256, "vocab_size": len(tokenizer), "template": template, "splits": {}}
+    for name, count in counts.items():
+        own = {path: digest for path, digest in files.items() if path.startswith(f"{name}/")}
+        manifest["splits"][name] = {**count, "sha256": hashlib.sha256(json.dumps(own, sort_keys=True).encode()).hexdigest()}
+    write_text(processed / "manifest.json", json.dumps({**manifest, "files": files}, indent=1, sort_keys=True))
+
+
+def file_hashes(folder: Path) -> dict[str, str]:
+    return {str(path.relative_to(folder)): sha256_file(path) for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def check_same_tokenizer(expected_sha256: str, bundle: str | Path, whose: str) -> Tokenizer:
+    """The bundle's tokenizer, which must be the one that made the token data."""
+    tokenizer = Tokenizer(bundle)
+    if tokenizer.sha256 != expected_sha256:
+        raise TokenError(
+            f"{tokenizer.path}: {whose} has another tokenizer (SHA256 {tokenizer.sha256[:12]}) than the token data ({expected_sha256[:12]});"
+            " use a model that shares it, or set data.tokenizer"
+        )
+    return tokenizer

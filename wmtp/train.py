@@ -1,0 +1,193 @@
+"""One train step and one loop: for every method, the warm-up, the reference and the critic.
+
+The loss of a step is a sum over all micro-batches and ranks, divided once by a count of the whole step. Every rank derives that count,
+and weights that are known before the forward, from the step's rows itself: they are a pure function of the data and the step.
+"""
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from wmtp import checkpoint
+from wmtp.align import IGNORE, future_targets
+from wmtp.batches import Batch, collate, in_order, n_steps, share, step_rows
+from wmtp.bundle import bundle_sha256
+from wmtp.model import Transformer, load_bundle
+from wmtp.optim import build_optimizer, learning_rate
+from wmtp.params import OPERATIONAL
+from wmtp.policy import PolicyObjective
+from wmtp.progress import Bar
+from wmtp.records import write_text
+from wmtp.tokens import TokenData, check_same_tokenizer
+from wmtp.weighting import METHODS
+from wmtp.world import World
+
+
+class Objective(Protocol):
+    def prepare(self, step: Batch) -> Batch: ...
+
+    def count(self, step: Batch) -> float: ...
+
+    def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]: ...
+
+    def summary(self, sums: Mapping[str, Tensor]) -> dict[str, float]: ...
+
+
+class NotFinite(ArithmeticError):
+    """A loss or gradient that is infinite or not a number; the weights of the model were not touched."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a training reads: `units` [n] or [n, 2] row numbers (pairs stay together), `per_step` units an optimizer step."""
+
+    data: TokenData
+    units: np.ndarray
+    per_step: int
+    n_epochs: float
+    learning_rate: float
+    seed: int
+    signal_of: Callable[[int], np.ndarray] | None = None
+    log_every: int = 10
+    checkpoint_every: int = 50
+
+    @property
+    def n_steps(self) -> int:
+        return n_steps(len(self.units), self.per_step, self.n_epochs)
+
+    def step(self, number: int) -> Batch:
+        return collate(self.data, step_rows(self.units, self.per_step, self.seed, number).reshape(-1), self.signal_of)
+
+
+def train_step(
+    model: nn.Module, optimizer: torch.optim.Optimizer, objective: Objective, step: Batch, world: World, token_budget: int, clip_norm: float
+) -> tuple[dict[str, Tensor], Tensor]:
+    """One update from one whole step; returns this rank's sums for the log and the gradient norm before clipping."""
+    step = objective.prepare(step)
+    # DDP and FSDP average gradients over ranks; this turns the average back into the sum.
+    scale = world.size / objective.count(step)
+    batches = share(step, world.rank, world.size, token_budget)
+    sums: dict[str, Tensor] = {}
+    for number, batch in enumerate(batches):
+        with _last_one_synchronises(model, number == len(batches) - 1):
+            loss, parts = objective.loss(model, batch.to(world.device))
+            (loss * scale).backward()
+        sums = {name: part + sums[name] if sums else part for name, part in parts.items()}
+    norm = nn.utils.clip_grad_norm_(model.parameters(), clip_norm)
+    norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+    if not math.isfinite(norm.item()):
+        raise NotFinite(f"gradient norm is {norm.item()}")
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return sums, norm
+
+
+def _last_one_synchronises(model: nn.Module, last: bool) -> Any:
+    """Gradients cross ranks once a step, with the last micro-batch."""
+    if hasattr(model, "set_requires_gradient_sync"):
+        model.set_requires_gradient_sync(last)
+        return nullcontext()
+    return nullcontext() if last or not hasattr(model, "no_sync") else model.no_sync()
+
+
+def fit(
+    model: nn.Module, objective: Objective, plan: Plan, settings: Any, world: World, *, parallel: str = "ddp", scratch: Path | None = None,
+    label: str = "train", on_log: Callable[[int, dict[str, float]], None] | None = None,
+) -> list[dict[str, float]]:
+    """Trains `model` in place for plan.n_steps; returns the logged records, equal to the byte whether or not it was interrupted.
+
+    `settings` is the optimizer section. With a `scratch` directory the state is saved every plan.checkpoint_every steps and found again.
+    """
+    model.train()
+    wrapped = world.wrap(model, parallel)
+    optimizer = build_optimizer(wrapped, settings)
+    state = checkpoint.restore(scratch, wrapped, optimizer) if scratch else None
+    first, records = (state["step"], state["records"]) if state else (0, [])
+    with Bar(f"{label}{' (resumed)' if first else ''}", plan.n_steps) as bar:
+        bar.advance(first)
+        for number in range(first, plan.n_steps):
+            rate = learning_rate(number, plan.n_steps, plan.learning_rate, settings.warmup_fraction, settings.final_fraction)
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            try:
+                sums, norm = train_step(wrapped, optimizer, objective, plan.step(number), world, settings.micro_batch_tokens, settings.clip_norm)
+            except NotFinite as error:
+                raise NotFinite(f"{label}: step {number + 1} of {plan.n_steps}: {error}; weights unchanged, lower the learning rate") from None
+            note = ""
+            if (number + 1) % plan.log_every == 0 or number + 1 == plan.n_steps:
+                figures = objective.summary({name: world.sum(part) for name, part in sums.items()})
+                records.append({"step": number + 1, **figures, "grad_norm": float(norm), "learning_rate": rate})
+                note = f"loss {figures['loss']:.4f}"
+                if on_log:
+                    on_log(number + 1, records[-1])
+            bar.advance(1, note)
+            if scratch and (number + 1) % plan.checkpoint_every == 0:
+                checkpoint.save(scratch, wrapped, optimizer, {"step": number + 1, "records": records}, world)
+    model.eval()
+    return records
+
+
+def fit_or_resume(
+    model: nn.Module, objective: Objective, plan: Plan, params: Any, world: World, *, stage: str, inputs: Mapping[str, str],
+    on_log: Callable[[int, dict[str, float]], None] | None = None,
+) -> list[dict[str, float]]:
+    """`fit` with its state in a scratch directory named after everything that shapes the run: declared parameters, inputs, world size."""
+    tracked = {key: value for key, value in params.declared().items() if key not in OPERATIONAL}
+    key = checkpoint.fingerprint(tracked, dict(inputs), world.size)
+    with checkpoint.scratch(stage, key, world) as folder:
+        return fit(
+            model, objective, plan, params.optimizer, world, parallel=params.run.parallel, scratch=folder, label=stage,
+            on_log=on_log if world.is_first else None,
+        )  # fmt: skip
+
+
+def tune(
+    params: Any, section: str, split: str, start: Path, processed: Path, out: Path, world: World, on_log: Callable[[int, dict[str, float]], None]
+) -> list[dict[str, float]]:
+    """Uniform training on the split's correct programs, every head that the start has: the warm-up and the reference. Writes `out`."""
+    settings, data = params[section], TokenData(processed, split)
+    check_same_tokenizer(data.tokenizer_sha256, start, f"{section}.start")
+    model = load_bundle(start, dtype=getattr(torch, params.run.dtype), device=world.device)
+    plan = Plan(data, data.correct_rows(), settings.batch_rows, settings.n_epochs, settings.learning_rate, params.seed)
+    objective = PolicyObjective(METHODS["baseline"], {}, model.n_future)
+    inputs = {"start": bundle_sha256(start), "data": data.sha256}
+    records = fit_or_resume(model, objective, plan, params, world, stage=section, inputs=inputs, on_log=on_log)
+    checkpoint.save_model(model, start, out, world, {"stage": section, "n_steps": plan.n_steps})
+    return records
+
+
+def account(model: Transformer, plan: Plan, last: Mapping[str, float]) -> dict[str, float]:
+    """What the training cost and where it ended: steps, tokens read (prompt and response), parameters, FLOPs (6 a weight and token)."""
+    n_tokens = sum(int(plan.data.lengths[step_rows(plan.units, plan.per_step, plan.seed, number)].sum()) for number in range(plan.n_steps))
+    n_weights = sum(parameter.numel() for name, parameter in model.named_parameters() if not name.startswith("tok_embeddings"))
+    output = model.output.weight.numel() * (model.n_future - 1)
+    figures = {"steps": plan.n_steps, "tokens": n_tokens, "parameters": sum(parameter.numel() for parameter in model.parameters())}
+    return figures | {"train_flops": 6 * n_tokens * (n_weights + output)} | {f"last_{key}": last[key] for key in ("loss", "ce")}
+
+
+@torch.no_grad()
+def validation(model: Transformer, data: TokenData, world: World, token_budget: int) -> dict[str, float]:
+    """Mean cross-entropy in nats per head over the correct programs of `data`, tokens weighed alike."""
+    sums = torch.zeros(2, model.n_future, dtype=torch.float64, device=world.device)
+    for batch in in_order(data, data.correct_rows(), world.rank, world.size, token_budget):
+        batch = batch.to(world.device)
+        targets_BTF = future_targets(batch.tokens_BT, batch.response_BT, model.n_future)
+        sums[0] += model(batch.tokens_BT, targets_BTF, first=max(0, batch.shortest_prompt - model.n_future)).double().sum((0, 1))
+        sums[1] += (targets_BTF != IGNORE).sum((0, 1))
+    ce_F = (lambda total: total[0] / total[1])(world.sum(sums))
+    return {f"validation_ce_head{h}": float(ce) for h, ce in enumerate(ce_F)}
+
+
+def write_log(path: Path, records: list[dict[str, float]]) -> None:
+    """CSV for dvc plots, one row a logged step; numbers in full so that equal runs give equal bytes."""
+    columns = list(records[0])
+    rows = [",".join(columns), *(",".join(json.dumps(record[column]) for column in columns) for record in records)]
+    write_text(path, "\n".join(rows) + "\n")

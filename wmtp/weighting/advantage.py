@@ -1,0 +1,55 @@
+"""Tokens weigh by a critic's advantage: w proportional to exp(z / beta), mean 1, within bounds (METHODS, "From signal to weight").
+
+The critic's values are out of fold and cached, so the weights of a whole optimizer step are known before its first forward.
+"""
+
+import torch
+from torch import Tensor
+
+from wmtp.advantage import policy_advantage
+from wmtp.weighting.projection import concentration, project_mean_one
+
+_BETA_DOUBLINGS = 40
+
+
+def token_weights(
+    values_BT: Tensor, response_BT: Tensor, *, beta: float, gamma: float, lam: float | str, sigma_floor: float, z_clip: float,
+    weight_clip_min: float, weight_clip_max: float, concentration_floor: float,
+) -> Tensor:
+    """Weights [B, T] float32 with mean 1 over the response tokens of all B rows, which are a whole optimizer step over all ranks.
+
+    `values_BT` are the critic's values by state (probabilities of passing, 0..1); only their differences enter. `beta` is the
+    temperature (usual 0.3 to 1; towards infinity: uniform). `sigma_floor` keeps a dead critic from being whitened into confident
+    weights. When the weights' concentration falls below its floor, beta is raised by bisection until it holds.
+    """
+    advantage_BT = policy_advantage(values_BT.double(), response_BT, gamma, _lam(lam, response_BT))
+    z_BT = standardise(advantage_BT, response_BT, sigma_floor).clamp(-z_clip, z_clip)
+
+    def weights(temperature: Tensor) -> Tensor:
+        return project_mean_one(torch.exp(z_BT / temperature), response_BT, weight_clip_min, weight_clip_max)
+
+    low = torch.tensor(beta, dtype=torch.float64, device=values_BT.device)
+    if concentration_floor == 0:
+        return weights(low).float()
+    high = torch.where(concentration(weights(low), response_BT) < concentration_floor, low * 1e6, low)
+    for _ in range(_BETA_DOUBLINGS if concentration_floor > 0 and bool(high > low) else 0):
+        middle = (low * high).sqrt()
+        enough = concentration(weights(middle), response_BT) >= concentration_floor
+        low, high = torch.where(enough, low, middle), torch.where(enough, middle, high)
+    return weights(high).float()
+
+
+def standardise(q_BT: Tensor, valid_BT: Tensor, sigma_floor: float) -> Tensor:
+    """(q - mean) / max(std, sigma_floor) over the valid entries, float64, 0 elsewhere."""
+    q_BT, n = q_BT.double() * valid_BT, valid_BT.sum().clamp(min=1)
+    centred = (q_BT - q_BT.sum() / n) * valid_BT
+    sigma = (centred.square().sum() / n).sqrt()
+    return centred / sigma.clamp(min=sigma_floor)
+
+
+def _lam(lam: float | str, response_BT: Tensor) -> float | Tensor:
+    """A number as it is; `length_adaptive` is max(0, 1 - 1 / (0.05 * response length)) per row (VAPO, 2504.05118)."""
+    if lam != "length_adaptive":
+        return lam
+    length_B = response_BT.sum(1).clamp(min=1).double()
+    return (1 - 1 / (0.05 * length_B)).clamp(min=0)
