@@ -457,7 +457,8 @@ def test_bad_adapter(tmp_path, text, said):
     [
         ({"format_version": 2}, "format_version: expected 1, found 2"),
         ({"date": "today"}, "unknown key date"),
-        ({"sha256": []}, "sha256: expected file names to hashes"),
+        ({"sha256": []}, "sha256: expected hashes of params.json, tokenizer.model, meta_adapter.yaml and the weights, found"),
+        ({"sha256": {"params.json": "0", "tokenizer.model": "0"}}, "sha256: expected hashes of params.json"),
         ({"dtype": "bfloat16"}, "dtype: expected bfloat16 as in params.json and metadata.json, found float16"),
     ],
 )

@@ -35,6 +35,7 @@ HEADER_BYTES = 256  # a tensor's entry in a safetensors header is shorter than t
 INDEX = "model.safetensors.index.json"
 FLOATS = ("ffn_dim_multiplier", "norm_eps", "rope_theta")
 OPTIONAL = ("ffn_dim_multiplier", "ffn_hidden_dim")
+REQUIRED = ("params.json", "tokenizer.model", "meta_adapter.yaml")
 METADATA_KEYS = ("format_version", "source", "dtype", "sha256", "dropped", "extra")
 
 
@@ -252,8 +253,8 @@ def read_metadata(path: str | Path) -> dict:
     file = Path(path) / "metadata.json"
     metadata = read_json(file)
     check_keys(file, metadata, METADATA_KEYS)
-    if not isinstance(metadata["sha256"], dict):
-        raise BundleError(f"{file}: sha256: expected file names to hashes, found {metadata['sha256']!r}")
+    if not isinstance(metadata["sha256"], dict) or not set(REQUIRED) <= set(metadata["sha256"]):
+        raise BundleError(f"{file}: sha256: expected hashes of {', '.join(REQUIRED)} and the weights, found {metadata['sha256']!r}")
     if metadata["format_version"] != FORMAT_VERSION:
         raise BundleError(f"{file}: format_version: expected {FORMAT_VERSION}, found {metadata['format_version']}; convert again")
     return metadata

@@ -51,7 +51,8 @@ def agrees(composition: Composition, cases: Iterable[Case]) -> bool:
 
 
 def one_change_mutants(composition: Composition) -> list[Composition]:
-    return [mutant.composition for place in mutations(composition) for mutant in place]
+    found = (mutant.composition for place in mutations(composition) for mutant in place)
+    return [mutant for mutant in found if mutant != composition]
 
 
 def separating_cases(composition: Composition, cases: list[Case], probes: Sequence[list[int]] = ()) -> list[Case]:

@@ -1,21 +1,27 @@
 """Values between the judge and a program it does not trust, as tagged JSON text.
 
-Decoding builds only exact builtin types (None, bool, int, float, complex, str, bytes, bytearray, list, tuple, set, frozenset, dict,
-range, slice), builtin functions and types by name, and whatever `resolve` returns for the number of an object that stays where it was
-made. No class, code or import ever comes out of a message, and size and depth are bounded before anything is built. Subclasses cross
+Decoding builds only values of exact types (None, bool, int, float, complex, str, bytes, bytearray, list, tuple, set, frozenset, dict,
+range, slice, Fraction, Decimal), builtin types and a few functions by name, and whatever `resolve` returns for the number of an object
+that stays where it was made. No class, code or import ever comes out of a message, and size and depth are bounded before anything is built. Subclasses cross
 as the plain value that they extend, so that an overridden `__eq__` stays behind.
 """
 
 import builtins
 import json
+import struct
 from collections.abc import Callable
+from decimal import Decimal, InvalidOperation
+from fractions import Fraction
 
+# Each message on a stream follows its length.
+LENGTH = struct.Struct("<I")
 MAX_DEPTH = 100
 MAX_NODES = 2_000_000
 # Adversarial keys make a hash table quadratic; at this number that still ends within seconds.
 MAX_KEYS = 50_000
 MAX_RANGE = 2_000_000
 MAX_INTEGER_BITS = 4_000_000
+MAX_DECIMAL_EXPONENT = 10_000
 # Larger integers travel as hexadecimal text: decimal conversion is quadratic and limited by the interpreter.
 _PLAIN_INTEGER_BITS = 64
 _BUILTIN_NAMES = {
@@ -71,6 +77,10 @@ class Encoder:
             return ["r" if kind is range else "S", [self.encode(part, depth + 1) for part in (value.start, value.stop, value.step)]]
         if kind in (_KEYS, _ITEMS):
             return self.encode(set(value), depth)
+        if kind is Fraction:
+            return ["q", self.encode(value.numerator, depth + 1), self.encode(value.denominator, depth + 1)]
+        if kind is Decimal:
+            return ["D", str(value)]
         if isinstance(value, type) or kind is type(len):
             name = _BUILTIN_NAMES.get(id(value))
             return ["n", name] if name else ["h", self.refer(value)]
@@ -133,6 +143,10 @@ class Decoder:
                 return self._parsed(lambda: (bytes if tag == "b" else bytearray).fromhex(digits))
             case (("r" | "S"), [[_, _, _] as bounds]):
                 return self._span(tag, [self.decode(bound, depth + 1) for bound in bounds])
+            case "q", [numerator, denominator]:
+                return self._parsed(lambda: Fraction(self.decode(numerator, depth + 1), self.decode(denominator, depth + 1)))
+            case "D", [str() as text]:
+                return self._decimal(text)
             case "n", [str() as name] if any(name == known for known in _BUILTIN_NAMES.values()):
                 return getattr(builtins, name)
             case "h", [int() as number]:
@@ -153,10 +167,16 @@ class Decoder:
             raise CodecError(f"range of more than {MAX_RANGE} items")
         return made
 
+    def _decimal(self, text: str) -> Decimal:
+        made = self._parsed(lambda: Decimal(text))
+        if made.is_finite() and abs(made.adjusted()) > MAX_DECIMAL_EXPONENT:
+            raise CodecError(f"decimal exponent beyond {MAX_DECIMAL_EXPONENT}")
+        return made
+
     def _parsed(self, build: Callable[[], object]) -> object:
         try:
             return build()
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, ZeroDivisionError, InvalidOperation) as error:
             raise CodecError(f"message is not in the format: {error}") from None
 
 

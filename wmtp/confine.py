@@ -6,6 +6,7 @@ Runs in the fork server and in its children, so it imports the standard library 
 import ctypes
 import os
 import resource
+import sys
 
 _PR_SET_PDEATHSIG, _PR_SET_DUMPABLE, _PR_SET_KEEPCAPS = 1, 4, 8
 _PR_SET_CHILD_SUBREAPER, _PR_SET_NO_NEW_PRIVS = 36, 38
@@ -15,6 +16,11 @@ _SIGKILL = 9
 MAIN_STACK_BYTES = 64 << 20
 MAX_OPEN_FILES = 256
 MAX_PROCESSES = 128
+# From the strongest to the one that always works.
+TIERS = NAMESPACES, LANDLOCK, SECCOMP, RLIMITS = "namespaces+seccomp", "landlock+seccomp", "seccomp", "rlimits"
+# What an interpreter needs of the host, beside its own prefix.
+SYSTEM_PATHS = ("/usr", "/bin", "/lib", "/lib32", "/lib64", "/libx32", "/etc/ld.so.cache", "/etc/localtime", "/etc/alternatives")
+DEVICES = ("/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom")
 
 # PyDLL keeps the interpreter lock over the call, which a forking system call needs.
 libc = ctypes.PyDLL(None, use_errno=True)
@@ -33,6 +39,12 @@ def syscall(number: int, *arguments: int | bytes, what: str) -> int:
     """A system call by its number; integers go as C longs."""
     converted = [argument if isinstance(argument, bytes) else ctypes.c_long(argument) for argument in arguments]
     return checked(libc.syscall(ctypes.c_long(number), *converted), what)
+
+
+def interpreter_prefixes() -> list[str]:
+    """Directories outside SYSTEM_PATHS that hold this interpreter and its library."""
+    prefixes = {os.path.realpath(sys.base_prefix), os.path.realpath(sys.base_exec_prefix)}
+    return sorted(prefix for prefix in prefixes if not prefix.startswith("/usr"))
 
 
 def prctl(option: int, argument: int = 0) -> None:

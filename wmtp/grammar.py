@@ -156,7 +156,11 @@ def clause_mutants(clause: Clause) -> Iterator[tuple[Literal["operation", "const
 
 
 def mutations(composition: Composition) -> Iterator[list[Mutation]]:
-    """For each place (a clause, or two neighbouring operations), in order, its one-change mutants; a place that has none is left out."""
+    """For each place (a clause, or two neighbouring operations) its one-change mutants; a place that has none is left out.
+
+    The order of two equal operations is a place too, though its mutant is the composition itself: without it the number of places,
+    and with it the probability of a step, would depend on the direction.
+    """
     clauses = composition.clauses
     for place, clause in enumerate(clauses):
         changed = [(kind, (*clauses[:place], other, *clauses[place + 1 :])) for kind, other in clause_mutants(clause)]
@@ -165,13 +169,12 @@ def mutations(composition: Composition) -> Iterator[list[Mutation]]:
     operations = composition.operations
     for place in range(len(operations) - 1):
         first, second = operations[place : place + 2]
-        if first != second:
-            swapped = Composition((*operations[:place], second, first, *operations[place + 2 :]), composition.result)
-            yield [Mutation("order", place, swapped)]
+        swapped = Composition((*operations[:place], second, first, *operations[place + 2 :]), composition.result)
+        yield [Mutation("order", place, swapped)]
 
 
 def draw_mutation(rng: random.Random, composition: Composition) -> Mutation:
-    """Place, then kind of change, then new value, each uniformly: the reverse step has the same probability."""
+    """Place, then kind of change, then new value, each uniformly: the reverse step has the same probability. May change nothing."""
     mutants = rng.choice(list(mutations(composition)))
     kind = rng.choice(sorted({mutant.kind for mutant in mutants}))
     return rng.choice([mutant for mutant in mutants if mutant.kind == kind])

@@ -9,10 +9,12 @@ import contextlib
 import dataclasses
 import functools
 import json
+import os
 import platform
 import select
 import signal
 import subprocess
+import tempfile
 from collections.abc import Callable, Sequence
 
 from wmtp.records import Problem
@@ -32,14 +34,15 @@ class Outcome:
 class Referee:
     """One worker process; at most one job in flight."""
 
-    def __init__(self, limits: Limits) -> None:
+    def __init__(self, limits: Limits, scratch: str) -> None:
         self.limits = limits
+        self.environment = environment() | {"TMPDIR": scratch}
         self.process: subprocess.Popen | None = None
         self.start()
 
     def start(self) -> None:
         self.process = subprocess.Popen(
-            interpreter("wmtp.referee:main"), env=environment(), stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True
+            interpreter("wmtp.referee:main"), env=self.environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True
         )
         self.write(json.dumps(dataclasses.asdict(self.limits)))
 
@@ -82,8 +85,11 @@ def _run(lines: Sequence[str], limits: Limits, workers: int, on_done: Callable[[
             poll.register(referee.process.stdout, select.POLLIN)
 
     with contextlib.ExitStack() as stack:
+        # Referees are killed, not asked to leave, so what they leave behind is removed from here.
+        scratch = stack.enter_context(tempfile.TemporaryDirectory(prefix="wmtp-judge-"))
+        os.chmod(scratch, 0o711)
         for _ in range(min(workers, len(lines))):
-            referee = Referee(limits)
+            referee = Referee(limits, scratch)
             stack.callback(referee.close)
             give(referee)
         while busy:

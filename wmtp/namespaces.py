@@ -1,17 +1,17 @@
 """A private world for the fork server and one within it for each sample: no network, no host files but the interpreter, no host processes.
 
 The fork server enters user (where it is not root), mount, net, ipc, uts and cgroup namespaces once, over a read-only root that holds the
-interpreter and the system's libraries. Each sample is cloned into its own pid and mount namespace with its own /tmp. There is no /proc.
+interpreter and the system's libraries. Each sample is cloned into its own pid and mount namespace with its own scratch directory, which is also /tmp and /dev/shm. There is
+no /proc: nothing but host facts is there to read.
 """
 
 import ctypes
 import os
 import signal
-import sys
 
 from wmtp import confine
 
-_NEWNS, _NEWCGROUP, _NEWUTS, _NEWIPC, _NEWUSER, _NEWPID, _NEWNET = (
+_NEWNS, _NEWCGROUP, _NEWUTS, _NEWIPC, NEWUSER, _NEWPID, _NEWNET = (
     0x00020000, 0x02000000, 0x04000000, 0x08000000, 0x10000000, 0x20000000, 0x40000000,
 )  # fmt: skip
 _MS_NOSUID, _MS_NODEV, _MS_BIND, _MS_REC, _MS_PRIVATE = 2, 4, 4096, 16384, 1 << 18
@@ -20,11 +20,9 @@ _ATTR_RDONLY_NOSUID = 3
 _MOUNT_SETATTR = 442
 _CLONE = {"x86_64": 56, "aarch64": 220}
 _PIVOT_ROOT = {"x86_64": 155, "aarch64": 41}
-_SYSTEM = ("/usr", "/bin", "/lib", "/lib32", "/lib64", "/libx32", "/etc/ld.so.cache", "/etc/localtime", "/etc/alternatives")
-_DEVICES = ("/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom")
 # Not 0: a program started by the sample would otherwise look like root to itself.
 INSIDE_USER = 1000
-SCRATCH = "/tmp"
+SCRATCH = "/scratch"
 
 
 def _mount(source: str | None, target: str, kind: str | None, flags: int, options: str | None = None) -> None:
@@ -59,14 +57,14 @@ def _bind(path: str, root: str) -> None:
 
 
 def _furnish(root: str) -> None:
-    for path in (*_SYSTEM, *_DEVICES):
+    for path in (*confine.SYSTEM_PATHS, *confine.DEVICES, *confine.interpreter_prefixes()):
         if os.path.lexists(path):
             _bind(path, root)
-    for prefix in sorted({os.path.realpath(sys.base_prefix), os.path.realpath(sys.base_exec_prefix)}):
-        if not prefix.startswith("/usr"):
-            _bind(prefix, root)
     os.mkdir(root + SCRATCH)
-    os.symlink(SCRATCH, root + "/dev/shm")
+    os.mkdir(root + "/proc")
+    for place in ("/tmp", "/dev/shm"):
+        if not os.path.lexists(root + place):  # the interpreter itself may live under /tmp
+            os.symlink(SCRATCH, root + place)
 
 
 def enter(directory: str) -> bool:
@@ -78,16 +76,14 @@ def enter(directory: str) -> bool:
     base = _NEWNS | _NEWNET | _NEWIPC | _NEWUTS | _NEWCGROUP
     unprivileged = user != 0 or confine.libc.unshare(base) < 0
     if unprivileged:
-        confine.checked(confine.libc.unshare(base | _NEWUSER), "unshare")
+        confine.checked(confine.libc.unshare(base | NEWUSER), "unshare")
         _map_user(user, group)
     os.umask(0o022)
     _mount(None, "/", None, _MS_REC | _MS_PRIVATE)
     _mount("tmpfs", directory, "tmpfs", _MS_NOSUID, "size=1m,mode=0755")
     _furnish(directory)
     attributes = (ctypes.c_uint64 * 4)(_ATTR_RDONLY_NOSUID, 0, 0, 0)
-    confine.syscall(
-        _MOUNT_SETATTR, _AT_FDCWD, directory.encode(), _AT_RECURSIVE, ctypes.addressof(attributes), 32, what="mount_setattr"
-    )
+    confine.syscall(_MOUNT_SETATTR, _AT_FDCWD, directory.encode(), _AT_RECURSIVE, ctypes.addressof(attributes), 32, what="mount_setattr")
     os.chdir(directory)
     confine.syscall(_PIVOT_ROOT[os.uname().machine], b".", b".", what="pivot_root")
     confine.checked(confine.libc.umount2(b".", _MNT_DETACH), "umount2")
@@ -109,6 +105,6 @@ def fork() -> int:
 
 
 def own_scratch(size: int) -> None:
-    """An empty /tmp of `size` bytes that vanishes with the sample."""
+    """An empty scratch directory of `size` bytes that vanishes with the sample."""
     _mount("tmpfs", SCRATCH, "tmpfs", _MS_NOSUID | _MS_NODEV, f"size={size},nr_inodes=4096,mode=1777")
     os.chdir(SCRATCH)

@@ -7,7 +7,7 @@ Sources: Chen et al. 2021 (2107.03374) for HumanEval, Austin et al. 2021 (2108.0
 import ast
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -93,7 +93,9 @@ class Protocol(BaseModel):
         if self.post == "completion":
             return completion
         source = self._beginning(problem) + completion
-        return source if self.post == "continuation" else reachable(source, problem.tests.entry_point)
+        if self.post == "continuation":
+            return source
+        return reachable(source, problem.tests.entry_point, used_names([ast.parse(problem.tests.test)]))
 
     def _beginning(self, problem: Problem) -> str:
         """The text that a completion continues, in the forms whose prompt is itself Python."""
@@ -143,10 +145,11 @@ def with_sampling(protocol: Protocol, **changes: Any) -> Protocol:
     return Protocol.model_validate({**protocol.model_dump(), **changes})
 
 
-def reachable(source: str, entry_point: str) -> str:
-    """The longest head of whole lines that parses, reduced to imports and the definitions that `entry_point` needs.
+def reachable(source: str, entry_point: str, test_names: Collection[str] = ()) -> str:
+    """The longest head of whole lines that parses, reduced to imports and the definitions that the entry point and the tests need.
 
-    Returned as it is where no head that defines the entry point parses: the judge then reports the true error.
+    Returned as it is where that head does not define the entry point: the judge then reports the true error. EvalPlus keeps what the
+    entry point alone needs and has its own tests; three of HumanEval's tests call helpers that stand in the prompt.
     """
     lines = source.splitlines(keepends=True)
     for end in range(len(lines), 0, -1):
@@ -154,7 +157,7 @@ def reachable(source: str, entry_point: str) -> str:
             tree = ast.parse("".join(lines[:end]))
         except (SyntaxError, ValueError, RecursionError, MemoryError):
             continue
-        kept = needed_statements(tree.body, entry_point)
+        kept = needed_statements(tree.body, entry_point, test_names)
         texts = ["".join(lines[first_line(node) - 1 : node.end_lineno]).rstrip("\n") for node in kept]
         return "\n".join([*texts, ""]) if kept else source
     return source
@@ -169,20 +172,22 @@ def defined_names(node: ast.stmt) -> set[str]:
         return {node.name}
     if isinstance(node, ast.Assign | ast.AnnAssign):
         targets = node.targets if isinstance(node, ast.Assign) else [node.target]
-        return {name.id for target in targets for name in ast.walk(target) if isinstance(name, ast.Name)}
+        return used_names(targets)
     return set()
 
 
-def needed_statements(body: list[ast.stmt], entry_point: str) -> list[ast.stmt]:
-    """Imports, and the top-level definitions reached from `entry_point` by name, in their order; none where it is not defined."""
+def used_names(nodes: Iterable[ast.AST]) -> set[str]:
+    return {name.id for node in nodes for name in ast.walk(node) if isinstance(name, ast.Name)}
+
+
+def needed_statements(body: list[ast.stmt], entry_point: str, test_names: Collection[str]) -> list[ast.stmt]:
+    """Imports, and the top-level definitions reached by name, in their order; none where the entry point is not defined."""
     if not any(entry_point in defined_names(node) for node in body):
         return []
-    wanted, before = {entry_point}, None
-    while before != len(wanted):
-        before = len(wanted)
-        for node in body:
-            if defined_names(node) & wanted:
-                wanted |= {name.id for name in ast.walk(node) if isinstance(name, ast.Name)}
+    wanted, size = {entry_point, *test_names}, 0
+    while size != len(wanted):
+        size = len(wanted)
+        wanted |= used_names(node for node in body if defined_names(node) & wanted)
     return [node for node in body if isinstance(node, ast.Import | ast.ImportFrom) or defined_names(node) & wanted]
 
 

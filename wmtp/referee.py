@@ -8,29 +8,16 @@ import ast
 import builtins
 import dataclasses
 import functools
-import importlib
 import json
 import os
 import random
-import secrets
 import signal
 import sys
 import types
 
-from wmtp import checkers, codec, confine
-from wmtp.sandbox import Ended, HarnessError, Limits, Sample, Sandbox
-
-_RAISABLE = {
-    kind.__name__: kind
-    for kind in (
-        ArithmeticError, AssertionError, AttributeError, EOFError, IndexError, KeyError, LookupError, NameError, NotImplementedError,
-        OSError, OverflowError, RecursionError, RuntimeError, StopIteration, TypeError, ValueError, ZeroDivisionError,
-    )
-}  # fmt: skip
-
-
-class CannotCross(Exception):
-    """A test passes the program something that exists on this side alone."""
+from wmtp import checkers, confine
+from wmtp.sandbox import Ended, HarnessError, Limits, Sandbox
+from wmtp.session import CannotCross, Names, Session
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,131 +27,13 @@ class Decision:
     starved: bool = False
 
 
-class Remote:
-    """An object that stays in the sample. Equal to itself alone: the program's own `__eq__` is never asked."""
-
-    def __init__(self, session: "Session", number: int) -> None:
-        self.__dict__.update(_session=session, _number=number)
-
-    def __call__(self, *arguments: object, **keywords: object) -> object:
-        return self._session.apply("call", self, *arguments, **keywords)
-
-    def __iter__(self):
-        return iter(self._session.apply("list", self))
-
-    def __len__(self) -> int:
-        return self._session.apply("len", self)
-
-    def __bool__(self) -> bool:
-        return self._session.apply("bool", self) is True
-
-    def __str__(self) -> str:
-        return self._session.apply("str", self)
-
-    def __getitem__(self, key: object) -> object:
-        return self._session.apply("item", self, key)
-
-    def __getattr__(self, name: str) -> object:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return self._session.apply("attribute", self, name)
-
-    def __setattr__(self, name: str, value: object) -> None:
-        self._session.apply("assign", self, name, value)
-
-
-class Session:
-    """The program of one sample as the tests see it."""
-
-    def __init__(self, sample: Sample) -> None:
-        self.sample = sample
-
-    def resolve_number(self, number: int) -> Remote:
-        return Remote(self, number)
-
-    def ask(self, message: dict) -> object:
-        """The value in the answer; what the program raised is raised here, under its own name where that is a standard one."""
-        answer = self.sample.request(message)
-        if type(answer.get("raised")) is str:
-            raise self.raised(answer["raised"][:60], str(answer.get("text"))[:200])
-        if answer.get("missing") is True:
-            raise self.raised("NameError", f"name {message['name']!r} is not defined")
-        if "value" not in answer:
-            self.sample.end(Ended("crash", "not an answer"))
-        return answer["value"]
-
-    def raised(self, name: str, text: str) -> Exception:
-        if name == "MemoryError":
-            self.sample.end(Ended("memory", f"more than {self.sample.limits.memory_mb} MB"))
-        if name == "CodecError":
-            self.sample.end(Ended("output-limit", text))
-        error = _RAISABLE.get(name, RuntimeError)(text)
-        error.of_sample = f"{name}: {text}" if text else name
-        return error
-
-    def value(self, form: object) -> object:
-        try:
-            return codec.decode(form, self.resolve_number)
-        except codec.CodecError as error:
-            self.sample.end(Ended("output-limit", str(error)))
-
-    def load(self, program: str, standalone: bool = False) -> None:
-        self.ask({"op": "load", "program": program, "standalone": standalone})
-
-    def run(self, source: str) -> None:
-        nonce = secrets.token_hex(16)
-        if self.ask({"op": "run", "source": source, "nonce": nonce}) != nonce:
-            self.sample.end(Ended("crash", "not an answer"))
-
-    def resolve(self, name: str) -> object:
-        form = self.ask({"op": "resolve", "name": name})
-        if type(form) is list and form and form[0] == "m":
-            return trusted_module(form[-1])
-        return self.value(form)
-
-    def apply(self, operation: str, *arguments: object, **keywords: object) -> object:
-        message = {
-            "op": "apply",
-            "operation": operation,
-            "arguments": [self.form(argument) for argument in arguments],
-            "keywords": {name: self.form(value) for name, value in keywords.items()},
-        }
-        return self.value(self.ask(message))
-
-    def form(self, value: object) -> object:
-        return codec.encode(value, self.number_of)
-
-    def number_of(self, value: object) -> int:
-        if type(value) is Remote and value._session is self:
-            return value._number
-        raise CannotCross(f"a value of type {type(value).__name__}")
-
-
-def trusted_module(name: object) -> types.ModuleType:
-    """This side's own module where the program imported one of the standard library."""
-    if type(name) is str and name.partition(".")[0] in sys.stdlib_module_names and name.partition(".")[0] != "__main__":
-        return importlib.import_module(name)
-    raise KeyError(name)
-
-
-class Names(dict):
-    """Globals of a trusted test: its own names first, builtins next, and what is left, or named in `subjects`, comes from the program."""
-
-    def __init__(self, session: Session, subjects: frozenset[str] = frozenset()) -> None:
-        super().__init__(__name__="test", __builtins__=builtins)
-        self.session = session
-        self.subjects = subjects
-
-    def __missing__(self, name: str) -> object:
-        if hasattr(builtins, name) and name not in self.subjects:
-            raise KeyError(name)
-        self[name] = value = self.session.resolve(name)
-        return value
-
-
 @functools.lru_cache(maxsize=4096)
 def compiled(source: str, mode: str = "exec") -> types.CodeType:
-    return compile(source, "test", mode, dont_inherit=True, optimize=0)
+    """Code of a trusted test; the sandbox is not to blame for a broken one, and neither is the program."""
+    try:
+        return compile(source, "test", mode, dont_inherit=True, optimize=0)
+    except SyntaxError as error:
+        raise HarnessError(f"the test is not Python: {error}; mend the problem") from None
 
 
 @functools.lru_cache(maxsize=4096)
@@ -188,7 +57,7 @@ def helpers(prompt: str, names: Names) -> None:
     for ending in ("", "\n    pass\n"):
         try:
             code = compiled(prompt + ending)
-        except SyntaxError:
+        except HarnessError:
             continue
         exec(code, names)
         return
@@ -199,6 +68,8 @@ def run_check(session: Session, job: dict, tests: dict) -> None:
     helpers(job["prompt"], names)
     names.pop(tests["entry_point"], None)
     exec(compiled(tests["test"]), names)
+    if "check" not in names:
+        raise HarnessError("the test defines no check(candidate); mend the problem")
     names["check"](session.resolve(tests["entry_point"]))
 
 
@@ -340,6 +211,11 @@ def decide(sandbox: Sandbox, job: dict) -> Decision:
         signal.setitimer(signal.ITIMER_REAL, 0)
 
 
+def printable(text: str) -> str:
+    """One line of bounded length: details quote what programs wrote, which may be anything."""
+    return "".join(character if character.isprintable() else "?" for character in text[:400])
+
+
 def main() -> None:
     """Serves jobs until stdin ends; a HarnessError is reported as such and the fork server started anew."""
     replies = os.fdopen(os.dup(1), "w", encoding="utf-8")
@@ -356,6 +232,7 @@ def main() -> None:
             decision = Decision("harness-error", str(error))
             sandbox.__exit__()
             sandbox = Sandbox(limits)
-        replies.write(json.dumps(dataclasses.asdict(decision)) + "\n")
+        reply = {"verdict": decision.verdict, "detail": printable(decision.detail), "starved": decision.starved}
+        replies.write(json.dumps(reply) + "\n")
         replies.flush()
     sandbox.__exit__()

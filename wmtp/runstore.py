@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 EXPERIMENT = "wmtp"
-LOCK_SECONDS = 40.0  # for the making of a new database, up to 9 s on a busy machine, by several stages in turn
+LOCK_SECONDS = 60.0  # for the making of a new database, up to 9 s on a busy machine, by several stages in turn
 KEY_LIMIT, VALUE_LIMIT, TAG_LIMIT = 250, 6000, 5000  # characters; mlflow's own limits, for tags those of its oldest servers
 BATCH_METRICS, BATCH_PARAMS = 1000, 100
 

@@ -7,7 +7,6 @@ import operator
 import os
 import random
 import socket
-import struct
 import sys
 import threading
 import types
@@ -15,7 +14,6 @@ import types
 from wmtp import codec
 
 MODULE = "solution"
-LENGTH = struct.Struct("<I")
 
 
 class Inside:
@@ -74,7 +72,7 @@ OPERATIONS = {
 
 def send(channel: socket.socket, message: object) -> None:
     body = codec.dumps(message)
-    channel.sendall(LENGTH.pack(len(body)) + body)
+    channel.sendall(codec.LENGTH.pack(len(body)) + body)
 
 
 def _exactly(channel: socket.socket, size: int) -> bytes:
@@ -88,7 +86,7 @@ def _exactly(channel: socket.socket, size: int) -> bytes:
 
 
 def receive(channel: socket.socket) -> dict:
-    return codec.loads(_exactly(channel, LENGTH.unpack(_exactly(channel, LENGTH.size))[0]))
+    return codec.loads(_exactly(channel, codec.LENGTH.unpack(_exactly(channel, codec.LENGTH.size))[0]))
 
 
 def _fresh_streams() -> None:

@@ -17,7 +17,6 @@ import time
 from pathlib import Path
 
 from wmtp import codec, confine
-from wmtp.runtime import LENGTH
 
 _ROOT = str(Path(__file__).resolve().parents[1])
 _START_SECONDS = 60.0
@@ -73,31 +72,51 @@ def environment() -> dict[str, str]:
 
 
 class Sandbox:
-    """One fork server; `start` gives samples, one at a time. A context manager: leaving it kills whatever is left."""
+    """One fork server; `start` gives samples, one at a time. A context manager: leaving it kills whatever is left.
 
-    def __init__(self, limits: Limits) -> None:
+    `tier` is the isolation found in force; `at_most` keeps a stronger one from being tried.
+    """
+
+    def __init__(self, limits: Limits, at_most: str | None = None) -> None:
         self.limits = limits
+        self.serial = 0
         self.scratch = Path(tempfile.mkdtemp(prefix="wmtp-judge-"))
         self.scratch.chmod(0o711)
-        self.serial = 0
-        self.user = _FIRST_SAMPLE_USER + os.getpid() % 4000 if os.geteuid() == 0 else None
-        self.processes = confine.MAX_PROCESSES + (0 if self.user is not None else confine.processes_of(os.geteuid()))
         self.control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self.errors = tempfile.TemporaryFile()
-        command = interpreter("wmtp.zygote:main")
-        self.zygote = subprocess.Popen(
-            [*command, str(theirs.fileno())],
-            env=environment(),
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=self.errors,
-            pass_fds=[theirs.fileno()],
-            cwd="/",
-            start_new_session=True,
-        )
-        theirs.close()
+        self.errors = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the fork server
+        with theirs:
+            self.zygote = subprocess.Popen(
+                [*interpreter("wmtp.zygote:main"), str(theirs.fileno())],
+                env=environment(),
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=self.errors,
+                pass_fds=[theirs.fileno()],
+                cwd="/",
+                start_new_session=True,
+            )
         self.control.settimeout(_START_SECONDS)
-        self.tier = self.ask({"op": "hello"})["tier"]
+        try:
+            self.tier = self.ask({"op": "hello", "tier": at_most, **self.settings()})["tier"]
+        except HarnessError:
+            self.__exit__()
+            raise
+
+    def settings(self) -> dict:
+        """What holds for every sample of this fork server."""
+        root = self.scratch / "root"
+        root.mkdir()
+        root.chmod(0o777)
+        user = _FIRST_SAMPLE_USER + os.getpid() % 4000 if os.geteuid() == 0 else None
+        return {
+            "root": str(root),
+            "user": user,
+            "processes": confine.MAX_PROCESSES + (0 if user is not None else confine.processes_of(os.geteuid())),
+            "memory_bytes": self.limits.memory_mb << 20,
+            "cpu_seconds": self.limits.cpu_seconds,
+            "file_bytes": self.limits.output_bytes,
+            "scratch_bytes": 4 * self.limits.output_bytes,
+        }
 
     def __enter__(self) -> "Sandbox":
         return self
@@ -124,21 +143,15 @@ class Sandbox:
 
     def start(self, stdin: int, stdout: int) -> "Sample":
         """A fresh sample over the given descriptors, in an empty directory of its own, ready for its program."""
-        self.serial += 1
-        directory = self.scratch / str(self.serial)
-        directory.mkdir()
-        directory.chmod(0o777)
+        directory = None
+        if self.tier != confine.NAMESPACES:  # else the sample brings its own
+            self.serial += 1
+            directory = self.scratch / str(self.serial)
+            directory.mkdir()
+            directory.chmod(0o777)
         ours, theirs = socket.socketpair()
-        request = {
-            "op": "fork",
-            "directory": str(directory),
-            "memory_bytes": self.limits.memory_mb << 20,
-            "cpu_seconds": self.limits.cpu_seconds,
-            "file_bytes": self.limits.output_bytes,
-            "processes": self.processes,
-            "user": self.user,
-        }
         with theirs:
+            request = {"op": "fork", "directory": str(directory)}
             pid = self.ask(request, (theirs.fileno(), stdin, stdout))["pid"]
         return Sample(self, ours, pid, directory)
 
@@ -158,7 +171,7 @@ def _remove(directory: Path) -> None:
 class Sample:
     """A running sample. Every wait counts against one total of CPU and wall time; a context manager that kills on leaving."""
 
-    def __init__(self, sandbox: Sandbox, channel: socket.socket, pid: int, directory: Path) -> None:
+    def __init__(self, sandbox: Sandbox, channel: socket.socket, pid: int, directory: Path | None) -> None:
         self.sandbox, self.limits, self.channel, self.pid, self.directory = sandbox, sandbox.limits, channel, pid, directory
         self.clock = ((~pid) << 3) | 2  # the kernel's number for the CPU clock of another process
         self.started = time.monotonic()
@@ -184,7 +197,8 @@ class Sample:
             self.sandbox.control.settimeout(_REAP_SECONDS)
             self.ending = self.sandbox.ask({"op": "reap"})
             self.channel.close()
-            _remove(self.directory)
+            if self.directory is not None:
+                _remove(self.directory)
         return self.ending
 
     def wait(self, event: int) -> None:
@@ -207,7 +221,7 @@ class Sample:
         raise ended
 
     def receive(self) -> object:
-        size = LENGTH.unpack(self.exactly(LENGTH.size))[0]
+        size = codec.LENGTH.unpack(self.exactly(codec.LENGTH.size))[0]
         if size > self.limits.output_bytes:
             self.end(Ended("output-limit", f"an answer of {size} bytes, limit {self.limits.output_bytes}"))
         try:
@@ -230,7 +244,7 @@ class Sample:
 
     def send(self, message: object) -> None:
         body = codec.dumps(message)
-        left = memoryview(LENGTH.pack(len(body)) + body)
+        left = memoryview(codec.LENGTH.pack(len(body)) + body)
         while left:
             try:
                 left = left[self.channel.send(left) :]

@@ -115,6 +115,8 @@ def cut_tokenizer(content: bytes, n_pieces: int) -> tuple[bytes, list[int]]:
     except DecodeError:
         raise BundleError("tokenizer.model: not a SentencePiece model") from None
     pieces = list(model.pieces)
+    if not pieces or not model.trainer_spec.byte_fallback:
+        raise BundleError("tokenizer.model: expected pieces with byte fallback, so that any text survives a cut; found none")
     plain = (schema.ModelProto.SentencePiece.NORMAL, schema.ModelProto.SentencePiece.USER_DEFINED)
     needed = 2 + max(i for i, piece in enumerate(pieces) if piece.type not in plain)  # bytes, control pieces and the blank
     if not needed <= n_pieces <= len(pieces):

@@ -151,9 +151,6 @@ def write_huggingface(folder: Path, args: ModelArgs, tensors: dict) -> None:
         "max_position_embeddings": args.max_seq_len,
         "rms_norm_eps": args.norm_eps,
         "rope_theta": args.rope_theta,
-        "rope_scaling": None,
-        "attention_bias": False,
-        "mlp_bias": False,
         "tie_word_embeddings": False,
         "bos_token_id": 1,
         "eos_token_id": 2,
@@ -226,11 +223,11 @@ def download_checkpoints(
 
     `policy_folder` is a folder inside the policy's repository; a tokenizer.model above it serves where it has none of its own.
     """
-    out = Path(out)
-    found = {
-        "policy": fetch(policy, revision, out, lambda names: checkpoint_targets(names, policy_folder, policy)),
-        "reference": fetch(reference, reference_revision, out, lambda names: checkpoint_targets(names, "", reference)),
-    }
+    sources = {"policy": (policy, revision, policy_folder), "reference": (reference, reference_revision, "")}
+    found = {}
+    for name, (repo_id, commit, folder) in sources.items():
+        beside = Path(out).with_name(f"{Path(out).name}-{name}")
+        found[name] = fetch(repo_id, commit, beside, lambda names, at=folder, where=repo_id: checkpoint_targets(names, at, where))
     with atomic_directory(out, marker="policy") as place:
         for name, (kept, targets, _) in found.items():
             move(kept, targets, place / name)
@@ -238,7 +235,7 @@ def download_checkpoints(
 
 
 def checkpoint_targets(names: set[str], folder: str, where: str) -> dict[str, str]:
-    """Path in the repository to path in the checkpoint."""
+    """Path in the repository to path in the checkpoint, for the files that belong to the checkpoint."""
     inside = {str(PurePosixPath(name).relative_to(folder)): name for name in names if PurePosixPath(name).is_relative_to(folder)}
     if "tokenizer.model" in names:
         inside.setdefault("tokenizer.model", "tokenizer.model")

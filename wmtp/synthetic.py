@@ -63,7 +63,7 @@ class TaskSource:
         self.held_out: frozenset[str] = frozenset()
         self.short = [self.rng.choices(VALUES, k=self.rng.randint(3, SHORT)) for _ in range(300)]
         self.long = [self.rng.choices(VALUES, k=self.rng.randint(SHORT + 1, 8)) for _ in range(700)]
-        self.probes = self.short[:40] + self.long[:80]
+        self.probes = self.short[:20] + self.long[:40]
 
     def hold_out(self) -> None:
         self.held_out = frozenset(self.used)

@@ -63,15 +63,15 @@ class StageRun:
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         self._step = step
-        self._send({"step": step, "metrics": dict(metrics)})
+        self._send({"step": step, "metrics": metrics})
 
     def summary(self, metrics: Mapping[str, float]) -> None:
         """Figures of the whole run, recorded at the last step that was logged."""
-        self._send({"step": self._step, "metrics": dict(metrics)})
+        self._send({"step": self._step, "metrics": metrics})
 
     def artifact(self, path: str | Path) -> None:
         """A file or folder as it is now: pages, tables, pictures. Large models belong to DVC's remote."""
-        self._send({"artifact": str(path)})
+        self._send({"artifact": path})
 
     def __enter__(self) -> Self:
         with self._in_time():
@@ -108,7 +108,9 @@ class StageRun:
             raise TrackingError(take_loss(self._box) or f"its writer ended with exit code {self._writer.returncode}")
         if "artifact" in record:
             record = {"artifact": str(snapshot(Path(record["artifact"]), self._box))}
-        self._file.write(json.dumps(record | {"time": int(time.time() * 1000)}, default=float) + "\n")
+        if "metrics" in record:
+            record = record | {"metrics": {key: float(value) for key, value in record["metrics"].items()}}
+        self._file.write(json.dumps(record | {"time": int(time.time() * 1000)}) + "\n")
 
     @contextlib.contextmanager
     def _in_time(self) -> Iterator[None]:
@@ -250,7 +252,6 @@ def attempt(box: Path, alive: Callable[[], bool]) -> bool:
 
 def main(box: Path, stage: int) -> int:
     """The writer of one box, child of the process `stage`; afterwards it takes on the boxes that were left behind."""
-    os.nice(5)
     threading.Thread(target=_end_after, args=(stage,), daemon=True).start()
     delivered = attempt(box, lambda: os.getppid() == stage)
     for other in left_behind(box.parent):

@@ -5,14 +5,16 @@ takes over this code can at most send other answers, and answers are compared ou
 """
 
 import array
+import errno
 import gc
 import importlib
 import os
 import signal
 import socket
 import sys
+from collections.abc import Callable
 
-from wmtp import codec, confine, runtime
+from wmtp import codec, confine, landlock, namespaces, runtime, seccomp
 
 CHANNEL = 3
 # What programs import most; a forked child finds it loaded.
@@ -36,46 +38,102 @@ def receive(control: socket.socket) -> tuple[dict, list[int]] | None:
 
 
 class World:
-    """Where samples are born: the tier decides how they are forked, confined and killed."""
+    """Where samples are born: the tier decides how they are forked and confined."""
 
-    def __init__(self, directory: str) -> None:
-        self.unprivileged = False
-        self.tier = next(tier for tier in TIERS if works(tier, directory))
-        self.enter(directory)
+    def __init__(self, tier: str, settings: dict) -> None:
+        self.tier = tier
+        self.settings = settings
+        self.user = settings["user"]
+        if tier == confine.NAMESPACES and namespaces.enter(settings["root"]):
+            self.user = None  # no second user exists in this user namespace
 
-    def enter(self, directory: str) -> None:
-        if self.tier == NAMESPACES:
-            self.unprivileged = namespaces.enter(directory)
+    def fork(self) -> int:
+        return namespaces.fork() if self.tier == confine.NAMESPACES else os.fork()
 
-    def fork(self, request: dict, descriptors: list[int], control: socket.socket) -> int:
-        pid = namespaces.fork() if self.tier == NAMESPACES else os.fork()
-        if pid == 0:
-            try:
-                self.child(request, descriptors, control)
-            finally:
-                os._exit(1)
-        for descriptor in descriptors:
-            os.close(descriptor)
-        return pid
-
-    def child(self, request: dict, descriptors: list[int], control: socket.socket) -> None:
-        """Turns the forked process into the sample; never returns."""
-        control.close()
-        os.setsid()
-        confine.die_with_parent()
-        take(descriptors)
-        self.confine(request)
-        runtime.serve(socket.socket(fileno=CHANNEL))
-
-    def confine(self, request: dict) -> None:
-        if self.tier == NAMESPACES:
-            namespaces.own_scratch(request["scratch_bytes"])
+    def confine(self, directory: str) -> None:
+        """Binds this process, a fresh child, for good."""
+        settings = self.settings
+        if self.tier == confine.NAMESPACES:
+            namespaces.own_scratch(settings["scratch_bytes"])
         else:
-            os.chdir(request["directory"])
-        confine.set_limits(request["memory_bytes"], request["cpu_seconds"], request["file_bytes"], request["processes"])
-        confine.drop_privileges(None if self.unprivileged else request["user"], os.path.dirname(os.__file__))
-        if self.tier != RLIMITS:
-            seccomp.install(None if self.tier == NAMESPACES else os.getpid())
+            os.chdir(directory)
+        confine.set_limits(settings["memory_bytes"], settings["cpu_seconds"], settings["file_bytes"], settings["processes"])
+        confine.drop_privileges(self.user, os.path.dirname(os.__file__))
+        confine.die_with_parent()  # after the change of user, which would undo it
+        if self.tier == confine.LANDLOCK:
+            landlock.install(directory)
+        if self.tier != confine.RLIMITS:
+            seccomp.install(None if self.tier == confine.NAMESPACES else os.getpid())
+
+
+def find_world(settings: dict) -> World:
+    """The strongest tier that a rehearsal in a child shows to work here, but none above `settings["tier"]` where that names one."""
+    first = confine.TIERS.index(settings["tier"]) if settings["tier"] is not None else 0
+    working = (tier for tier in confine.TIERS[first:-1] if succeeds(os.fork, lambda: rehearse(tier, settings)))
+    return World(next(working, confine.RLIMITS), settings)
+
+
+def succeeds(fork: Callable[[], int], action: Callable[[], None]) -> bool:
+    """Whether `action` ends well in a forked child; else its last words go to stderr."""
+    pid = fork()
+    if pid == 0:
+        try:
+            action()
+            os._exit(0)
+        except (OSError, AssertionError) as error:
+            os.write(2, f"{type(error).__name__}: {error}\n".encode())
+        finally:
+            os._exit(1)
+    return os.waitpid(pid, 0)[1] == 0
+
+
+def rehearse(tier: str, settings: dict) -> None:
+    world = World(tier, settings)
+
+    def sample() -> None:
+        world.confine(settings["root"])
+        prove(tier)
+
+    assert succeeds(world.fork, sample), f"tier {tier} does not work here"
+
+
+def prove(tier: str) -> None:
+    """What the tier promises, tried from inside."""
+    assert confine.libc.unshare(namespaces.NEWUSER) < 0, "a new user namespace was granted"
+    with open("probe", "w"):
+        pass
+    if tier == confine.LANDLOCK:
+        assert not readable("/etc/passwd"), "the host's files are in sight"
+    if tier == confine.NAMESPACES:
+        assert os.getpid() == 1, "other processes are in sight"
+        assert not os.access("/", os.W_OK) and not os.path.exists("/etc/passwd"), "the host's files are in sight"
+        with socket.socket() as probe:
+            assert probe.connect_ex(("127.0.0.1", 9)) == errno.ENETUNREACH, "the host's network is in sight"
+
+
+def readable(path: str) -> bool:
+    try:
+        with open(path, "rb"):
+            return True
+    except PermissionError:
+        return False
+
+
+def start(world: World, directory: str, descriptors: list[int], control: socket.socket) -> int:
+    """Forks a sample; the child never returns."""
+    pid = world.fork()
+    if pid == 0:
+        try:
+            control.close()
+            os.setsid()
+            take(descriptors)
+            world.confine(directory)
+            runtime.serve(socket.socket(fileno=CHANNEL))
+        finally:
+            os._exit(1)
+    for descriptor in descriptors:
+        os.close(descriptor)
+    return pid
 
 
 def take(descriptors: list[int]) -> None:
@@ -105,30 +163,32 @@ def reap(pid: int) -> dict:
                     os.kill(int(orphan), signal.SIGKILL)
 
 
-def main() -> None:
-    """Serves requests on the descriptor that argv names, one sample at a time, until the judge closes it."""
+def prepare() -> socket.socket:
     for name in PRELOADED.split():
         importlib.import_module(name)
-    sys.path[:] = [entry for entry in sys.path if entry != os.path.dirname(os.path.dirname(os.path.abspath(__file__)))]
-    os.environ.pop("PYTHONHASHSEED", None)
-    control = socket.socket(fileno=int(sys.argv[1]))
+    package = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    sys.path[:] = [entry for entry in sys.path if entry != package]
+    sys.executable = os.path.realpath(sys.executable)  # a virtual environment's link leads nowhere under a private root
+    os.environ.pop("PYTHONHASHSEED")
     confine.adopt_orphans()
     confine.die_with_parent()
-    world = World(sys.argv[2])
-    gc.collect()
-    gc.freeze()  # children neither scan nor copy what was loaded before them
-    pid = 0
+    return socket.socket(fileno=int(sys.argv[1]))
+
+
+def main() -> None:
+    """Serves requests on the descriptor that argv names, one sample at a time, until the judge closes it."""
+    control = prepare()
+    world, pid = None, 0
     while (received := receive(control)) is not None:
         request, descriptors = received
         if request["op"] == "hello":
+            world = find_world(request)
+            gc.collect()
+            gc.freeze()  # children neither scan nor copy what was loaded before them
             send(control, {"tier": world.tier})
         elif request["op"] == "fork":
-            pid = world.fork(request, descriptors, control)
+            pid = start(world, request["directory"], descriptors, control)
             send(control, {"pid": pid})
         else:
             send(control, reap(pid))
     os._exit(0)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,0 +1,327 @@
+"""The critic's objective against loops in float64, its network, and its pairs (METHODS, "Critic")."""
+
+import math
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from tests.test_advantage import double_sum
+from wmtp.batches import Batch, share
+from wmtp.bundle import ModelArgs, write_bundle
+from wmtp.critic import Critic, ValueObjective, critic_sha256, load_critic, objective, pairs, save_critic
+from wmtp.model import Transformer
+from wmtp.tokens import TokenData
+
+T, VOCABULARY = 20, 23
+# P and L of each row: prompts and responses of one token, no padding, much padding.
+SPANS = ((1, 19), (9, 9), (5, 19), (7, 14), (6, 19), (4, 8), (19, 19), (10, 16))
+KINDS = ("bce", "mse", "huber")
+
+
+def small_critic(dtype=torch.float64, n_heads=1):
+    args = ModelArgs(
+        dim=16, n_layers=n_heads + 1, n_heads=2, n_kv_heads=2, vocab_size=VOCABULARY, multiple_of=8, ffn_dim_multiplier=None,
+        norm_eps=1e-5, rope_theta=10000.0, n_future_tokens=n_heads,
+    )  # fmt: skip
+    with torch.random.fork_rng():
+        torch.manual_seed(5)
+        critic = Critic(Transformer(args).to(dtype))
+        nn.init.normal_(critic.value.weight, std=0.5)
+    return critic
+
+
+def whole_step(spans=SPANS, seed=0):
+    random, position = torch.Generator().manual_seed(seed), torch.arange(T)
+    response = torch.stack([(position >= first) & (position <= last) for first, last in spans])
+    read = torch.stack([position <= last for _, last in spans])
+    tokens = torch.randint(1, VOCABULARY, (len(spans), T), generator=random) * read
+    return Batch(torch.arange(len(spans)), tokens, response, is_correct_B=torch.arange(len(spans)) % 2 == 0)
+
+
+def train(model, objective, step, token_budget=10**9, size=1):
+    """(loss, gradients, log sums) of a step as the training loop makes them: divided once, by the count of the whole step."""
+    model.zero_grad(set_to_none=True)
+    step = objective.prepare(step)
+    count, loss, sums = objective.count(step), 0.0, {}
+    for batch in [batch for rank in range(size) for batch in share(step, rank, size, token_budget)]:
+        total, parts = objective.loss(model, batch)
+        (total / count).backward()
+        loss += float(total.detach()) / count
+        sums = {key: part + sums.get(key, 0.0) for key, part in parts.items()}
+    return loss, {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None}, sums
+
+
+def same(found, expected, tolerance=1e-10):
+    assert found.keys() == expected.keys() and found
+    for name, gradient in expected.items():
+        distance = float((found[name] - gradient).abs().max()) / max(float(gradient.abs().max()), 1e-3)
+        assert distance <= tolerance, f"{name}: gradients differ by {distance:.2e}"
+
+
+def one_loss(kind, logit, target):
+    v = 1 / (1 + math.exp(-logit))
+    if kind == "bce":
+        return -target * math.log(v) - (1 - target) * math.log1p(-v)
+    off = abs(v - target)
+    return off**2 if kind == "mse" else (off**2 / 2 if off <= 0.1 else 0.1 * (off - 0.05))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("gamma, lam", [(1.0, 1.0), (1.0, 0.9), (0.97, 0.5), (1.0, 0.0)])
+def test_loss_equals_the_loops(kind, gamma, lam):
+    """A mean over the states P-1..L-1 of each program, then over the programs: long ones do not dominate."""
+    critic, step = small_critic(), whole_step()
+    with torch.no_grad():
+        logits = critic(step.tokens_BT)
+    rows = []
+    for b, (P, L) in enumerate(SPANS):
+        v = torch.sigmoid(logits[b]).tolist()
+        A = double_sum(v, float(step.is_correct_B[b]), P, L, gamma, lam)
+        rows.append(math.fsum(one_loss(kind, float(logits[b, i - 1]), v[i - 1] + A[i]) for i in range(P, L + 1)) / (L - P + 1))
+    for token_budget in (10**9, 40):
+        found = train(critic, ValueObjective(kind, gamma, lam), step, token_budget)[0]
+        assert found == pytest.approx(math.fsum(rows) / len(rows), rel=1e-10)
+
+
+class Logits(nn.Module):
+    """A value logit for every place of one batch, to see which of them a loss moves."""
+
+    def __init__(self, shape):
+        super().__init__()
+        self.logit_BT = nn.Parameter(torch.randn(shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64))
+
+    def forward(self, tokens_BT, **_):
+        return self.logit_BT
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("lam", [1.0, 0.5])
+def test_the_trained_states_run_from_the_last_prompt_token_to_the_last_before_the_end(kind, lam):
+    model, step = Logits((len(SPANS), T)), whole_step()
+    ValueObjective(kind, 1.0, lam).loss(model, step)[0].backward()
+    for b, (P, L) in enumerate(SPANS):
+        assert model.logit_BT.grad[b].nonzero().flatten().tolist() == list(range(P - 1, L))
+
+
+@pytest.mark.parametrize("lam", [1.0, 0.5])
+def test_the_target_is_no_part_of_the_gradient(lam):
+    """d bce / d logit = v - G with G held fixed, divided by the row's states."""
+    model, step = Logits((len(SPANS), T)), whole_step()
+    ValueObjective("bce", 1.0, lam).loss(model, step)[0].backward()
+    for b, (P, L) in enumerate(SPANS):
+        v = torch.sigmoid(model.logit_BT[b]).tolist()
+        A = double_sum(v, float(step.is_correct_B[b]), P, L, 1.0, lam)
+        for i in range(P, L + 1):
+            assert float(model.logit_BT.grad[b, i - 1]) == pytest.approx(-A[i] / (L - P + 1), abs=1e-12)
+
+
+@pytest.mark.parametrize("lam", [0.0, 0.5, 1.0])
+def test_the_label_matters_for_every_lam(lam):
+    critic, step = small_critic(), whole_step()
+    flipped = replace(step, is_correct_B=~step.is_correct_B)
+    assert train(critic, ValueObjective("bce", 1.0, lam), step)[0] != train(critic, ValueObjective("bce", 1.0, lam), flipped)[0]
+
+
+EQUAL_LENGTHS = ((4, 19), (18, 19), (5, 19), (17, 19), (6, 19), (4, 19), (12, 19), (10, 19))
+
+
+@pytest.mark.parametrize("kind, lam", [("bce", 1.0), ("mse", 0.9), ("huber", 1.0)])
+def test_gradients_do_not_depend_on_the_split(kind, lam):
+    critic, step, work = small_critic(), whole_step(EQUAL_LENGTHS), ValueObjective(kind, 1.0, lam)
+    assert [len(share(step, 0, 1, budget)) for budget in (8 * T, 2 * T)] == [1, 4]
+    loss, gradients, sums = train(critic, work, step, 8 * T)
+    for budget, size in ((2 * T, 1), (2 * T, 3)):
+        other_loss, other, other_sums = train(critic, work, step, budget, size)
+        assert other_loss == pytest.approx(loss, rel=1e-10)
+        same(other, gradients)
+        assert all(float(other_sums[key]) == pytest.approx(float(sums[key]), rel=1e-10) for key in sums)
+
+
+def test_filler_rows_count_for_nothing_and_reach_every_parameter():
+    critic, step, work = small_critic(), whole_step(), ValueObjective("bce", 1.0, 1.0)
+    filler = share(replace(step), 2, 3, T)[-1]
+    assert filler.row_B.tolist() == [-1]
+    critic.zero_grad()
+    total, sums = work.loss(critic, filler)
+    total.backward()
+    assert float(total.detach()) == 0 and all(float(part) == 0 for part in sums.values())
+    trained = {name: p for name, p in critic.named_parameters() if p.requires_grad}
+    assert all(p.grad is not None and (p.grad == 0).all() for p in trained.values())
+
+
+def test_padding_and_the_order_of_rows_change_nothing():
+    critic, step, work = small_critic(), whole_step(), ValueObjective("bce", 1.0, 0.9)
+    loss, gradients, sums = train(critic, work, step, 60)
+    padding = torch.stack([torch.arange(T) > last for _, last in SPANS])
+    order = torch.tensor([5, 2, 7, 0, 3, 6, 1, 4])
+    permuted = Batch(step.row_B[order], step.tokens_BT[order], step.response_BT[order], is_correct_B=step.is_correct_B[order])
+    for other in (replace(step, tokens_BT=step.tokens_BT.masked_fill(padding, 7)), permuted):
+        other_loss, other_gradients, other_sums = train(critic, work, other, 60)
+        assert other_loss == pytest.approx(loss, rel=1e-12)
+        same(other_gradients, gradients)
+        assert all(float(other_sums[key]) == pytest.approx(float(sums[key]), rel=1e-12) for key in sums)
+
+
+def test_the_summary_is_a_mean_over_programs():
+    critic, step, work = small_critic(), whole_step(), ValueObjective("mse", 1.0, 1.0)
+    loss, _, sums = train(critic, work, step, 40, 3)
+    with torch.no_grad():
+        v = torch.sigmoid(critic(step.tokens_BT))
+    brier = [float(((v[b, P - 1 : L] - float(step.is_correct_B[b])) ** 2).mean()) for b, (P, L) in enumerate(SPANS)]
+    figures = work.summary(sums)
+    assert figures["loss"] == pytest.approx(loss, rel=1e-9)
+    # Undiscounted with lam 1 the target is the label itself, and the squared error its Brier score.
+    assert figures["brier"] == pytest.approx(math.fsum(brier) / len(brier), rel=1e-9) == pytest.approx(figures["loss"], rel=1e-9)
+
+
+def test_the_objective_comes_from_its_section():
+    assert objective(SimpleNamespace(loss="huber", gamma=0.9, lam=0.8)) == ValueObjective("huber", 0.9, 0.8)
+
+
+# --- the network -------------------------------------------------------------------------------------------------------------------
+
+
+def test_an_untrained_critic_gives_every_prefix_one_half():
+    critic = Critic(small_critic().trunk)
+    assert torch.equal(torch.sigmoid(critic(whole_step().tokens_BT)), torch.full((len(SPANS), T), 0.5, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("given_dtype, dtype", [(torch.bfloat16, torch.float32), (torch.float32, torch.float32), (torch.float64, torch.float64)])
+def test_value_logits_are_at_least_float32(given_dtype, dtype):
+    assert small_critic(given_dtype)(whole_step().tokens_BT).dtype == dtype
+
+
+def test_a_value_reads_its_own_prefix_alone():
+    critic, tokens = small_critic(), whole_step().tokens_BT[:1].clone()
+    with torch.no_grad():
+        before = critic(tokens)
+        tokens[0, 8] = tokens[0, 8] % (VOCABULARY - 1) + 1
+        after = critic(tokens)
+    assert torch.equal(after[0, :8], before[0, :8]) and (after[0, 8:] != before[0, 8:]).all()
+
+
+def test_the_trunk_learns_and_its_vocabulary_output_does_not():
+    critic = small_critic()
+    gradients = train(critic, ValueObjective("bce", 1.0, 1.0), whole_step())[1]
+    trunk = {name for name, _ in critic.named_parameters() if name.startswith("trunk.") and name != "trunk.output.weight"}
+    assert gradients.keys() == trunk | {"value.weight", "value.bias"}
+    assert all(float(gradient.abs().max()) > 0 for gradient in gradients.values())
+
+
+def test_a_critic_learns_to_tell_programs_apart():
+    critic, work = small_critic(torch.float32), ValueObjective("bce", 1.0, 1.0)
+    step = whole_step(((4, 12),) * 8)
+    step.tokens_BT[:, 7] = torch.where(step.is_correct_B, 3, 4)
+    optimizer = torch.optim.AdamW([p for p in critic.parameters() if p.requires_grad], lr=0.01)
+    first = train(critic, work, step)[0]
+    for _ in range(60):
+        last = train(critic, work, step)[0]
+        optimizer.step()
+    assert last < 0.75 * first
+    with torch.no_grad():
+        v = torch.sigmoid(critic(step.tokens_BT))
+    assert float(v[step.is_correct_B, 11].min()) > 0.9 and float(v[~step.is_correct_B, 11].max()) < 0.1
+
+
+@pytest.fixture
+def saved(tmp_path):
+    critic = small_critic(torch.float32)
+    state = {name: tensor.detach().clone() for name, tensor in critic.trunk.state_dict().items()}
+    write_bundle(tmp_path / "start", critic.trunk.args, state, b"tokenizer", source="test", dropped=[], extra={})
+    save_critic(critic, tmp_path / "start", tmp_path / "critic", {"passed": True})
+    return critic, tmp_path / "critic"
+
+
+def test_a_saved_critic_comes_back_with_the_same_values(saved):
+    critic, path = saved
+    with torch.no_grad():
+        assert torch.equal(load_critic(path)(whole_step().tokens_BT), critic(whole_step().tokens_BT))
+
+
+def test_the_identity_of_a_critic_follows_its_head(saved):
+    _, path = saved
+    before, head = critic_sha256(path), load_file(path / "value_head.safetensors")
+    save_file({**head, "bias": head["bias"] + 1}, path / "value_head.safetensors")
+    assert critic_sha256(path) != before
+
+
+@pytest.mark.parametrize("change", [{"weight": torch.zeros(1, 5)}, {"other": torch.zeros(1)}, {"bias": torch.zeros(2)}])
+def test_a_value_head_of_another_shape_or_name_is_refused(saved, change):
+    _, path = saved
+    save_file({**load_file(path / "value_head.safetensors"), **change}, path / "value_head.safetensors")
+    with pytest.raises(ValueError, match=r"value_head.safetensors: expected weight \(1, 16\) and bias \(1,\), found"):
+        load_critic(path)
+
+
+# --- pairs -------------------------------------------------------------------------------------------------------------------------
+
+
+def split(*problems):
+    """Token data of these problems, each (lengths of correct rows, lengths of incorrect rows), rows numbered in that order."""
+    data, index, lengths, labels = object.__new__(TokenData), [], [], []
+    for right, wrong in problems:
+        first = len(lengths)
+        lengths += [*right, *wrong]
+        labels += [True] * len(right) + [False] * len(wrong)
+        index.append({"correct": [*range(first, first + len(right))], "incorrect": [*range(first + len(right), len(lengths))]})
+    data.path, data.problems, data.lengths, data.is_correct = "here", index, np.array(lengths), np.array(labels)
+    data.problem_of = np.array([p for p, entry in enumerate(index) for kind in ("correct", "incorrect") for _ in entry[kind]])
+    return data
+
+
+rows_of = st.lists(st.integers(10, 200), max_size=6)
+
+
+@settings(max_examples=60, deadline=None)
+@given(problems=st.lists(st.tuples(rows_of, rows_of), min_size=1, max_size=6).filter(lambda ps: any(r and w for r, w in ps)))
+def test_a_pair_is_one_correct_and_one_incorrect_program_of_one_problem_and_no_row_is_used_twice(problems):
+    problems = [*problems, ([50], [50])]
+    data = split(*problems)
+    found = pairs(data)
+    assert found.ndim == 2 and found.shape[1] == 2
+    assert data.is_correct[found[:, 0]].all() and not data.is_correct[found[:, 1]].any()
+    assert (data.problem_of[found[:, 0]] == data.problem_of[found[:, 1]]).all()
+    assert len(set(found.reshape(-1).tolist())) == found.size
+    assert found.tolist() == pairs(split(*problems)).tolist()
+
+
+@pytest.mark.parametrize("swap", [False, True])
+@pytest.mark.parametrize(
+    "few, many, partners",
+    [
+        ([100], [10, 100], [100]),
+        ([100], [10, 20, 30, 98], [98]),
+        ([20, 100], [5, 19, 60, 101, 180], [19, 101]),
+        ([10, 50, 90], [10, 50, 90], [10, 50, 90]),
+    ],
+)
+def test_a_program_is_paired_with_one_of_like_length(few, many, partners, swap):
+    """Paired by rank alone, a long correct program would meet a short incorrect one, and length would be a shortcut."""
+    data = split((many, few) if swap else (few, many))
+    lengths = {tuple(sorted(data.lengths[pair].tolist())) for pair in pairs(data)}
+    assert lengths == {tuple(sorted(pair)) for pair in zip(few, partners)}
+
+
+def test_length_tells_nothing_about_the_label_of_a_pair():
+    """Incorrect programs are three times as many and mostly shorter, but each correct one has an incorrect one of its own length."""
+    random = np.random.default_rng(0)
+    problems = []
+    for _ in range(40):
+        right = random.integers(60, 120, size=2).tolist()
+        problems.append((right, [*right, *random.integers(10, 60, size=4).tolist()]))
+    data = split(*problems)
+    found = data.lengths[pairs(data)]
+    assert len(found) == 80 and (found[:, 0] == found[:, 1]).mean() > 0.95
+
+
+def test_problems_with_one_kind_of_program_make_no_pair_and_nothing_at_all_is_an_error():
+    assert pairs(split(([10, 20], []), ([], [10]), ([30], [31]))).tolist() == [[3, 4]]
+    with pytest.raises(ValueError, match="here: no problem has both a correct and an incorrect program"):
+        pairs(split(([10, 20], []), ([], [10])))

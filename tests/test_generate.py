@@ -1,0 +1,243 @@
+import random
+from dataclasses import replace
+
+import pytest
+import torch
+from scipy import stats
+
+from tests.test_model import GROUPED, random_model
+from wmtp.generate import Request, choose, generate, gumbel
+from wmtp.protocols import PROTOCOLS, with_sampling
+from wmtp.sampling import Benchmark, complete
+from wmtp.world import World
+
+EOS = 2
+ALONE = World(0, 1, torch.device("cpu"))
+
+
+@pytest.fixture(scope="module")
+def model():
+    """Float64, so that no rounding of a batched product can turn an arg max."""
+    return random_model(replace(GROUPED, n_layers=3, n_future_tokens=2)).eval()
+
+
+def requests(n_prompts=5, n_samples=3, temperature=0.9, seed=0):
+    """Prompts of unequal length, two of them equal, one greedy and some sampled completions of each."""
+    draw = random.Random(seed)
+    prompts = [[draw.randrange(3, 40) for _ in range(draw.randint(1, 9))] for _ in range(n_prompts)]
+    prompts[-1] = prompts[0]
+    greedy = [Request(f"task/{i}", 0, prompt, 0.0) for i, prompt in enumerate(prompts)]
+    return greedy + [Request(f"task/{i}", s, prompt, temperature) for i, prompt in enumerate(prompts) for s in range(n_samples)]
+
+
+def run(model, made, **changes):
+    """{(task, temperature, sample): (output, ended)}."""
+    settings = {"max_tokens": 12, "eos": EOS, "top_p": 1.0, "seed": 7, "batch_rows": 64} | changes
+    done = [request for batch in generate(model, made, **settings) for request in batch]
+    assert len(done) == len(made) and {id(request) for request in done} == {id(request) for request in made}
+    return {(request.task_id, request.temperature, request.sample): (request.output, request.ended) for request in done}
+
+
+@torch.no_grad()
+def naive(model, request, max_tokens=12, seed=7):
+    """One row, the whole text again for every token, no cache."""
+    text, output = list(request.prompt), []
+    for _ in range(max_tokens):
+        scores = model(torch.tensor([text]))[0, -1, 0].float()
+        if request.temperature > 0:
+            key, place = torch.tensor([request.noise_key(seed)]), torch.tensor([len(text)])
+            scores = scores / request.temperature + gumbel(key, place, len(scores))[0]
+        token = int(scores.argmax())
+        if token == EOS:
+            return output, True
+        output.append(token)
+        text.append(token)
+    return output, False
+
+
+def test_completions_are_those_of_a_loop_without_cache(model):
+    expected = {(r.task_id, r.temperature, r.sample): naive(model, r) for r in requests(9, 4)}
+    assert run(model, requests(9, 4)) == expected
+    ends = [ended for _, ended in expected.values()]
+    assert any(ends) and not all(ends), "the test needs rows that end early, beside rows that do not"
+
+
+def test_end_of_text_is_not_part_of_the_output_and_the_limit_holds(model):
+    for output, ended in run(model, requests(9, 4), max_tokens=6).values():
+        assert EOS not in output and len(output) <= 6 and (ended or len(output) == 6)
+
+
+@pytest.mark.parametrize("batch_rows", [1, 2, 3, 7])
+def test_completions_do_not_depend_on_the_batch(model, batch_rows):
+    assert run(model, requests(), batch_rows=batch_rows) == run(model, requests())
+
+
+def test_completions_do_not_depend_on_order_or_company(model):
+    expected, shuffled = run(model, requests()), requests()
+    random.Random(3).shuffle(shuffled)
+    assert run(model, shuffled, batch_rows=4) == expected
+    shares = [run(model, requests()[rank::3], batch_rows=4) for rank in range(3)]
+    assert {name: found for share in shares for name, found in share.items()} == expected
+
+
+def test_batches_come_as_they_end_and_hold_at_most_batch_rows(model):
+    sizes = [len(batch) for batch in generate(model, requests(), max_tokens=2, eos=EOS, top_p=1.0, seed=7, batch_rows=6)]
+    assert sizes == [6, 6, 6, 2]
+
+
+def test_samples_differ_from_each_other_and_between_seeds(model):
+    found = run(model, requests(1, 8))
+    assert len({tuple(output) for output, _ in found.values()}) > 4
+    assert run(model, requests(1, 8), seed=8) != found
+    assert run(model, requests(1, 8), seed=8)["task/0", 0.0, 0] == found["task/0", 0.0, 0], "greedy has no seed"
+
+
+def test_a_nucleus_of_one_token_is_greedy(model):
+    found = run(model, requests(), top_p=1e-6)
+    assert all(found[task, 0.9, sample] == found[task, 0.0, 0] for task, temperature, sample in found if temperature)
+
+
+def test_stops_are_asked_for_every_few_tokens_and_end_a_row_alone(model):
+    whole, asked = run(model, requests(), eos=-1), []
+
+    def stopped(request):
+        asked.append(len(request.output))
+        return len(request.output) >= 4 and request.task_id == "task/2"
+
+    cut = run(model, requests(), eos=-1, stopped=stopped, stop_every=4)
+    assert set(asked) == {4, 8, 12}
+    for (task, temperature, sample), (output, _) in whole.items():
+        expected = (output[:4], True) if task == "task/2" else (output, False)
+        assert cut[task, temperature, sample] == expected
+
+
+def test_generation_leaves_the_model_as_it_was(model):
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    run(model, requests())
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def keys(n, seed=0):
+    return torch.tensor([Request(f"task/{i % 40}", i // 40, [], 1.0).noise_key(seed) for i in range(n)])
+
+
+def test_noise_is_a_pure_function_of_key_position_and_token():
+    key_B, place_B = keys(6), torch.tensor([0, 1, 5, 5, 900, 40])
+    noise = gumbel(key_B, place_B, 50)
+    order = torch.tensor([3, 1, 5, 0, 4, 2])
+    assert torch.equal(gumbel(key_B[order], place_B[order], 50), noise[order])
+    assert torch.equal(torch.cat([gumbel(key_B[i : i + 1], place_B[i : i + 1], 50) for i in range(6)]), noise)
+    assert torch.equal(gumbel(key_B, place_B, 20), noise[:, :20]), "a larger vocabulary changes nothing for the smaller one's tokens"
+    assert noise.unique().numel() == noise.numel()
+    assert not torch.isclose(gumbel(key_B, place_B + 1, 50), noise).any(1).all()
+
+
+def test_request_keys_separate_seed_task_and_sample():
+    base = Request("a", 1, [], 1.0).noise_key(1)
+    others = [Request("b", 1, [], 1.0).noise_key(1), Request("a", 2, [], 1.0).noise_key(1), Request("a", 1, [], 1.0).noise_key(2)]
+    assert len({base, *others}) == 4 and Request("a", 1, [5], 0.3).noise_key(1) == base
+
+
+def test_noise_is_standard_gumbel_and_independent_across_tokens_positions_and_keys():
+    key_B = keys(60).repeat_interleave(20)
+    noise = gumbel(key_B, torch.arange(20).repeat(60), 50).reshape(60, 20, 50)
+    assert stats.kstest(noise.flatten().numpy(), "gumbel_r").pvalue > 1e-3
+    for axis in range(3):
+        before, after = noise.narrow(axis, 0, noise.shape[axis] - 1), noise.narrow(axis, 1, noise.shape[axis] - 1)
+        assert stats.pearsonr(before.flatten().numpy(), after.flatten().numpy()).pvalue > 1e-3
+
+
+def test_noise_is_finite_where_the_counter_is_extreme():
+    """A vocabulary of 32,000 meets such a counter every few hundred tokens: infinite noise there is a token drawn at random."""
+    noise = gumbel(torch.tensor([37]), torch.tensor([0]), 201_221)
+    assert torch.isfinite(noise).all()
+
+
+def chi_square(tokens, probability):
+    counts = torch.bincount(tokens, minlength=len(probability)).double()
+    possible = probability > 0
+    assert counts[~possible].sum() == 0
+    return stats.chisquare(counts[possible].numpy(), (probability[possible] * len(tokens)).numpy()).pvalue
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+def test_sampled_tokens_follow_the_softmax(temperature):
+    logits = torch.tensor([0.3, -1.0, 2.0, 0.0, 1.1, -0.5, 0.9, 0.2])
+    n = 8000
+    found = choose(logits.expand(n, 8), torch.full((n,), temperature), keys(n), torch.arange(n) % 13, 1.0)
+    assert chi_square(found, (logits.double() / temperature).softmax(0)) > 1e-3
+
+
+def nucleus(probability, top_p):
+    """The likeliest tokens until their sum reaches top_p, renormalised."""
+    kept = torch.zeros_like(probability)
+    for token in sorted(range(len(probability)), key=lambda token: (-probability[token], token)):
+        if float(kept.sum()) >= top_p - 1e-9:
+            break
+        kept[token] = probability[token]
+    return kept / kept.sum()
+
+
+@pytest.mark.parametrize("top_p", [0.2, 0.5, 0.8, 0.97])
+def test_top_p_keeps_the_nucleus_of_the_tempered_distribution(top_p):
+    logits, n = torch.tensor([0.3, -1.0, 2.0, 0.0, 1.1, -0.5, 0.9, 0.2]), 6000
+    found = choose(logits.expand(n, 8), torch.full((n,), 0.7), keys(n), torch.arange(n) % 13, top_p)
+    expected = nucleus((logits.double() / 0.7).softmax(0), top_p)
+    assert set(found.tolist()) == set(expected.nonzero().flatten().tolist())
+    assert expected.count_nonzero() == 1 or chi_square(found, expected) > 1e-3
+
+
+def test_top_p_with_equal_tokens_keeps_just_enough_of_them():
+    n = 400
+    found = choose(torch.zeros(n, 8), torch.ones(n), keys(n), torch.zeros(n, dtype=torch.int64), 0.5)
+    assert len(set(found.tolist())) == 4
+
+
+def test_greedy_and_sampled_rows_stand_side_by_side():
+    logits = torch.randn(6, 30, generator=torch.Generator().manual_seed(1))
+    temperature = torch.tensor([0.0, 1.0, 0.0, 0.5, 2.0, 0.0])
+    key_B, place_B = keys(6), torch.arange(6)
+    found = choose(logits, temperature, key_B, place_B, 0.9)
+    alone = [choose(logits[i : i + 1], temperature[i : i + 1], key_B[i : i + 1], place_B[i : i + 1], 0.9) for i in range(6)]
+    assert found.tolist() == torch.cat(alone).tolist()
+    assert found[[0, 2, 5]].tolist() == logits[[0, 2, 5]].argmax(-1).tolist()
+
+
+@pytest.fixture(scope="module")
+def writer(micro):
+    """The tiny bundle's shape with weights that write varied text."""
+    from wmtp.model import load_bundle
+
+    return random_model(load_bundle(micro.bundle).args, seed=4).eval()
+
+
+def asked(corpus, **changes):
+    protocol = with_sampling(PROTOCOLS["alpaca"], **({"n_samples": 2, "max_tokens": 10} | changes))
+    return Benchmark("humaneval", protocol, corpus.benchmarks["humaneval"])
+
+
+def test_complete_gives_one_greedy_and_n_samples_of_each_problem_in_order(writer, tokenizer, corpus):
+    found = complete(writer, tokenizer, asked(corpus), "alpaca", ALONE, seed=1, batch_rows=4)
+    expected = [(p.task_id, t, s) for p in corpus.benchmarks["humaneval"] for t, s in ((0.0, 0), (0.8, 0), (0.8, 1))]
+    assert [(one.task_id, one.temperature, one.sample) for one in found] == expected
+    assert all(one.benchmark == "humaneval" and one.raw == one.completion for one in found)
+    assert all(one.truncated == (one.n_tokens == 10) for one in found), "without a stop, the limit is what truncates"
+    assert complete(writer, tokenizer, asked(corpus), "alpaca", ALONE, seed=1, batch_rows=64) == found
+
+
+def test_complete_cuts_at_the_first_stop_and_stops_change_nothing_before_it(writer, tokenizer, corpus):
+    plain = complete(writer, tokenizer, asked(corpus, max_tokens=24), "alpaca", ALONE, seed=1, batch_rows=64)
+    stop = plain[0].raw[3:5]
+    stopped = complete(writer, tokenizer, asked(corpus, max_tokens=24, stops=(stop,)), "alpaca", ALONE, seed=1, batch_rows=5)
+    assert any(one.completion != one.raw for one in stopped)
+    for before, after in zip(plain, stopped):
+        assert before.raw.startswith(after.raw.rstrip("\N{REPLACEMENT CHARACTER}")), "a stop ends a text early, it does not change it"
+        assert after.completion == before.raw.partition(stop)[0]
+        assert after.truncated == (before.truncated and stop not in before.raw)
+
+
+def test_complete_survives_a_model_with_more_rows_than_the_tokenizer_has_pieces(tokenizer, corpus, writer):
+    """Vocabularies are padded to round numbers; conversion allows it, so an untrained padding row may win an arg max."""
+    padded = random_model(replace(writer.args, vocab_size=len(tokenizer) + 40), seed=4).eval()
+    found = complete(padded, tokenizer, asked(corpus), "alpaca", ALONE, seed=1, batch_rows=64)
+    assert len(found) == 9

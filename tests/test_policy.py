@@ -1,0 +1,439 @@
+"""The policy's objective on a small Transformer, against loops over rows, tokens and heads in float64 (METHODS, "Loss")."""
+
+import json
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional
+
+from wmtp.align import align_future
+from wmtp.batches import Batch, share
+from wmtp.bundle import ModelArgs
+from wmtp.model import Transformer
+from wmtp.params import AdvantageMethod, ExcessMethod, UniformMethod
+from wmtp.policy import PolicyObjective, WeightError, check_weights, policy_objective, policy_signal
+from wmtp.scores import write_scores
+from wmtp.tokens import Row, TokenData, write_split
+from wmtp.weighting import METHODS, Method
+
+F, T, VOCABULARY = 4, 20, 23
+# P and L of each row: the shortest prompt that four heads allow, a response of one token, no padding, much padding.
+SPANS = ((4, 19), (9, 9), (5, 19), (7, 14), (6, 19), (4, 8), (12, 19), (10, 16))
+ADVANTAGE = {
+    "beta": 0.9,
+    "gamma": 1.0,
+    "lam": 0.95,
+    "sigma_floor": 0.01,
+    "z_clip": 5.0,
+    "weight_clip_min": 0.1,
+    "weight_clip_max": 5.0,
+    "concentration_floor": 0.3,
+}
+SETTINGS = {"ntp": {}, "baseline": {}, "verifiable": ADVANTAGE, "rho1": {"keep_fraction": 0.6}}
+NAMES = list(SETTINGS)
+
+
+@pytest.fixture(scope="module")
+def models():
+    """By number of heads, in float64; their weights are never changed."""
+    return {n_future: small_model(torch.float64, n_future) for n_future in (1, F)}
+
+
+def small_model(dtype, n_future=F):
+    args = ModelArgs(
+        dim=16, n_layers=n_future + 1, n_heads=2, n_kv_heads=2, vocab_size=VOCABULARY, multiple_of=8, ffn_dim_multiplier=None,
+        norm_eps=1e-5, rope_theta=10000.0, n_future_tokens=n_future,
+    )  # fmt: skip
+    with torch.random.fork_rng():
+        torch.manual_seed(5)
+        return Transformer(args).to(dtype)
+
+
+def heads(name):
+    return 1 if name == "ntp" else F
+
+
+def objective(name, mix=1.0, n_future=None):
+    return PolicyObjective(METHODS[name], SETTINGS[name], n_future or heads(name), mix)
+
+
+def reordered(step, order):
+    return replace(step, **{key: value[order] for key, value in vars(step).items() if isinstance(value, torch.Tensor)})
+
+
+def whole_step(name="baseline", spans=SPANS, seed=0):
+    random = torch.Generator().manual_seed(seed)
+    position = torch.arange(T)
+    response = torch.stack([(position >= first) & (position <= last) for first, last in spans])
+    read = torch.stack([position <= last for _, last in spans])
+    tokens = torch.randint(1, VOCABULARY, (len(spans), T), generator=random) * read
+    signal = torch.rand(len(spans), T, generator=random) * (4 if name == "rho1" else 1) * read
+    correct = torch.ones(len(spans), dtype=torch.bool)
+    return Batch(torch.arange(len(spans)), tokens, response, signal if METHODS[name].signal else None, None, correct)
+
+
+def train(model, objective, step, micro_batches):
+    """(loss, gradients, log sums) of a step as the training loop makes them: divided once, by the count of the whole step."""
+    model.zero_grad(set_to_none=True)
+    count, loss, sums = objective.count(step), 0.0, {}
+    for batch in micro_batches:
+        total, parts = objective.loss(model, batch)
+        (total / count).backward()
+        loss += float(total.detach()) / count
+        sums = {key: part + sums.get(key, 0.0) for key, part in parts.items()}
+    return loss, {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None}, sums
+
+
+def prepared(model, objective, step, token_budget=10**9, size=1):
+    step = objective.prepare(step)
+    return train(model, objective, step, [batch for rank in range(size) for batch in share(step, rank, size, token_budget)])
+
+
+def same(found, expected, tolerance=1e-10):
+    assert found.keys() == expected.keys() and found
+    for name, gradient in expected.items():
+        distance = float((found[name] - gradient).abs().max()) / max(float(gradient.abs().max()), 1e-3)
+        assert distance <= tolerance, f"{name}: gradients differ by {distance:.2e}"
+
+
+def cross_entropy(model, step):
+    """ce[b][i][h] = -log p of token i by head h, from the plain logits in float64; only where the position exists."""
+    with torch.no_grad():
+        log_p = torch.log_softmax(model(step.tokens_BT).double(), dim=-1)
+    n_heads, found = log_p.shape[2], {}
+    for b, (first, last) in enumerate(spans_of(step)):
+        for i in range(first, last + 1):
+            for h in range(n_heads):
+                if i - h - 1 >= 0:
+                    found[b, i, h] = -float(log_p[b, i - h - 1, h, step.tokens_BT[b, i]])
+    return found
+
+
+def spans_of(step):
+    return [(int(row.nonzero()[0]), int(row.nonzero()[-1])) for row in step.response_BT]
+
+
+def token_weight(name, step, ce):
+    """{(b, i): weight} as single precision holds it; the weightings themselves have tests of their own."""
+    if name == "verifiable":
+        weight = METHODS[name].function()(step.signal_BT, step.response_BT, **ADVANTAGE)
+        return {(b, i): float(weight[b, i]) for b, i in step.response_BT.nonzero().tolist()}
+    found = {}
+    for b, (first, last) in enumerate(spans_of(step)):
+        n = last - first + 1
+        m = math.ceil(0.6 * n - 1e-9)
+        excess = {i: ce[b, i, 0] - float(step.signal_BT[b, i]) for i in range(first, last + 1)} if name == "rho1" else {}
+        best = sorted(excess, key=lambda i: (-excess[i], i))[:m]
+        for i in range(first, last + 1):
+            found[b, i] = 1.0 if name != "rho1" else float(np.float32(n / m)) * (i in best)
+    return found
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_loss_equals_the_triple_loop(name, models):
+    model, step = models[heads(name)], whole_step(name)
+    ce = cross_entropy(model, step)
+    weight = token_weight(name, step, ce)
+    expected = math.fsum(weight[b, i] * loss for (b, i, _), loss in ce.items()) / len(ce)
+    for token_budget in (10**9, 40):
+        assert prepared(model, objective(name), step, token_budget)[0] == pytest.approx(expected, rel=1e-10)
+
+
+def test_one_head_is_shifted_cross_entropy(models):
+    model, step = models[1], whole_step()
+    logits = model(step.tokens_BT)[:, :-1, 0]
+    labels = step.tokens_BT.masked_fill(~step.response_BT, -100)[:, 1:]
+    expected = functional.cross_entropy(logits.reshape(-1, VOCABULARY), labels.reshape(-1), ignore_index=-100)
+    model.zero_grad()
+    expected.backward()
+    reference = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+    loss, gradients, _ = prepared(model, objective("ntp"), step)
+    assert loss == pytest.approx(float(expected.detach()), rel=1e-12)
+    same(gradients, reference, 1e-12)
+
+
+@pytest.mark.parametrize("name", ["ntp", "baseline"])
+def test_uniform_equals_the_sums_without_weights_to_the_bit(name):
+    model, step = small_model(torch.float32, heads(name)), whole_step()
+    targets = align_future(step.tokens_BT.masked_fill(~step.response_BT, -100), heads(name), -100)
+    unweighted = model(step.tokens_BT, targets).sum()
+    model.zero_grad()
+    unweighted.backward()
+    reference = {key: parameter.grad.clone() for key, parameter in model.named_parameters()}
+    model.zero_grad()
+    total, _ = objective(name).loss(model, objective(name).prepare(step))
+    total.backward()
+    assert torch.equal(total, unweighted)
+    assert all(torch.equal(parameter.grad, reference[key]) for key, parameter in model.named_parameters())
+
+
+ONE_BY_EIGHT, FOUR_BY_TWO, EIGHT_BY_ONE = 8 * T, 2 * T, T
+EQUAL_LENGTHS = ((4, 19), (18, 19), (5, 19), (17, 19), (6, 19), (4, 19), (12, 19), (10, 19))
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("mix", [1.0, 0.3])
+def test_gradients_do_not_depend_on_the_split(name, mix, models):
+    """Rows of equal length and very different numbers of targets, where a mean of means would be biased."""
+    model, step, work = models[heads(name)], whole_step(name, EQUAL_LENGTHS), objective(name, mix)
+    assert [len(share(step, 0, 1, budget)) for budget in (ONE_BY_EIGHT, FOUR_BY_TWO, EIGHT_BY_ONE)] == [1, 4, 8]
+    loss, gradients, sums = prepared(model, work, step, ONE_BY_EIGHT)
+    for budget, size in ((FOUR_BY_TWO, 1), (EIGHT_BY_ONE, 1), (FOUR_BY_TWO, 3)):
+        other_loss, other, other_sums = prepared(model, work, step, budget, size)
+        assert other_loss == pytest.approx(loss, rel=1e-10)
+        same(other, gradients)
+        assert all(torch.allclose(other_sums[key], sums[key], rtol=1e-10, atol=0) for key in sums)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_gradients_of_unequal_rows_do_not_depend_on_the_split_in_single_precision(name):
+    model, step, work = small_model(torch.float32), whole_step(name), objective(name, n_future=F)
+    gradients = prepared(model, work, step)[1]
+    same(prepared(model, work, step, 30, 2)[1], gradients, 2e-5)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_filler_row_gives_zero_gradients_to_every_parameter(name, models):
+    """Three ranks, four rows: some rank has a micro-batch without a target and must join every collective all the same."""
+    model, work = models[heads(name)], objective(name)
+    step = work.prepare(whole_step(name))
+    filler = share(step, 2, 3, T)[-1]
+    assert filler.row_B.tolist() == [-1] and not filler.response_BT.any()
+    model.zero_grad(set_to_none=True)
+    total, sums = work.loss(model, filler)
+    total.backward()
+    assert float(total.detach()) == 0 and all((part == 0).all() for part in sums.values())
+    for key, parameter in model.named_parameters():
+        assert parameter.grad is not None and (parameter.grad == 0).all(), key
+
+
+@pytest.mark.parametrize("name", ["verifiable", "rho1"])
+def test_weights_take_no_part_in_the_gradient(name, models):
+    """The gradient is that of fixed weights, and none reaches the signal."""
+    model, step = models[F], whole_step(name)
+    ce = cross_entropy(model, step)
+    weight = torch.zeros(len(SPANS), T)
+    for place, value in token_weight(name, step, ce).items():
+        weight[place] = value
+    fixed = prepared(model, objective("baseline"), step)[1], train(model, objective("baseline"), step, [replace(step, weight_BT=weight)])[1]
+    signal = step.signal_BT.clone().requires_grad_()
+    found = prepared(model, objective(name), replace(step, signal_BT=signal))[1]
+    same(found, fixed[1])
+    assert any(not torch.allclose(found[key], fixed[0][key], rtol=1e-3) for key in found), "the weights have an effect"
+    assert signal.grad is None
+
+
+@pytest.mark.parametrize("name", ["verifiable", "rho1"])
+def test_mix_blends_with_uniform(name, models):
+    model, step = models[F], whole_step(name)
+    uniform, full = prepared(model, objective("baseline"), step)[1], prepared(model, objective(name), step)[1]
+    for mix in (0.0, 0.3, 1.0):
+        found = prepared(model, objective(name, mix), step)[1]
+        same(found, {key: uniform[key] + mix * (full[key] - uniform[key]) for key in full}, 1e-6)
+
+
+@pytest.mark.parametrize("mix", [0.0, 0.1, 0.5])
+def test_mixed_weights_keep_mean_one_and_the_mask(mix):
+    step = whole_step("verifiable")
+    full, mixed = (objective("verifiable", share).prepare(step).weight_BT for share in (1.0, mix))
+    torch.testing.assert_close(mixed, (1 + mix * (full - 1)) * step.response_BT, rtol=0, atol=1e-6)
+    assert float(mixed[step.response_BT].double().mean()) == pytest.approx(1, abs=1e-6) and (mixed[~step.response_BT] == 0).all()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_weights_have_mean_one_in_every_head(name, models):
+    sums = prepared(models[heads(name)], objective(name), whole_step(name), 40)[2]
+    n_targets = sum(last - first + 1 for first, last in SPANS)
+    assert sums["n"].tolist() == [n_targets] * len(sums["n"])
+    torch.testing.assert_close(sums["w"] / sums["n"], torch.ones(len(sums["n"]), dtype=torch.float64), rtol=0, atol=1e-6)
+
+
+def test_the_count_is_of_all_targets_of_all_heads():
+    n_targets = sum(last - first + 1 for first, last in SPANS)
+    for n_future in (1, 2, 4):
+        assert objective("baseline", n_future=n_future).count(whole_step()) == n_targets * n_future
+
+
+@pytest.mark.parametrize("n_future", [1, 2, 4])
+def test_a_prompt_shorter_than_the_heads_is_refused(n_future):
+    step = whole_step(spans=((n_future, 9), (12, 19)))
+    objective("baseline", n_future=n_future).prepare(step)
+    with pytest.raises(WeightError, match=rf"prompt of {n_future} tokens is shorter than the {n_future + 1} heads"):
+        objective("baseline", n_future=n_future + 1).prepare(step)
+    with pytest.raises(WeightError, match="shorter than"):
+        objective("rho1", n_future=n_future + 1).prepare(step)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("labels", [True, False])
+def test_padding_labels_and_signals_at_the_prompt_change_nothing(name, labels, models):
+    model, step = models[heads(name)], whole_step(name)
+    position = torch.arange(T)
+    padding = torch.stack([position > last for _, last in SPANS])
+    # A critic's value belongs to a state: the last prompt token has one that counts, the end of text one that does not.
+    states = torch.stack([(position >= first - 1) & (position < last) for first, last in SPANS])
+    read = states if name == "verifiable" else step.response_BT
+    other = replace(step, tokens_BT=step.tokens_BT.masked_fill(padding, 7), is_correct_B=torch.full((len(SPANS),), labels))
+    if step.signal_BT is not None:
+        other = replace(other, signal_BT=step.signal_BT.masked_fill(~read, 1e3))
+    (loss, gradients, sums), (other_loss, other_gradients, other_sums) = (prepared(model, objective(name), s, 40) for s in (step, other))
+    assert other_loss == pytest.approx(loss, rel=1e-12)
+    same(other_gradients, gradients, 1e-12)
+    assert all(torch.allclose(other_sums[key], sums[key], rtol=1e-12, atol=0) for key in sums)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_order_of_rows_does_not_matter(name, models):
+    model, step, order = models[heads(name)], whole_step(name), torch.tensor([5, 2, 7, 0, 3, 6, 1, 4])
+    permuted, work = reordered(step, order), objective(name)
+    (loss, gradients, _), (other_loss, other, _) = prepared(model, work, step), prepared(model, work, permuted)
+    assert other_loss == pytest.approx(loss, rel=1e-7 if name == "verifiable" else 1e-12)
+    same(other, gradients, 1e-6 if name == "verifiable" else 1e-10)
+    if not METHODS[name].needs_forward:
+        torch.testing.assert_close(work.prepare(permuted).weight_BT, work.prepare(step).weight_BT[order], rtol=0, atol=1e-6)
+
+
+def test_a_token_changes_no_loss_of_a_target_before_it(models):
+    model = models[F]
+    step = whole_step("baseline", ((4, 12),))
+    changed = replace(step, tokens_BT=step.tokens_BT.clone())
+    changed.tokens_BT[0, 12] = 1 + int(step.tokens_BT[0, 12]) % (VOCABULARY - 1)
+    ce, other = cross_entropy(model, step), cross_entropy(model, changed)
+    assert all((ce[key] == pytest.approx(other[key], abs=1e-12)) == (key[1] != 12) for key in ce)
+
+
+# --- weights that break their promise ----------------------------------------------------------------------------------------------
+
+
+def valid_mask():
+    return torch.tensor([[False, True, True, True], [False, False, True, True]])
+
+
+def test_good_weights_are_returned_as_they_are():
+    for good in (valid_mask().float(), torch.tensor([[0, 2.0, 0.5, 0.5], [0, 0, 1.5, 0.5]])):
+        assert check_weights(good, valid_mask()) is good
+    empty = torch.zeros(2, 3)
+    assert check_weights(empty, torch.zeros(2, 3, dtype=torch.bool)) is empty
+
+
+@pytest.mark.parametrize(
+    "place, value, message",
+    [
+        ((0, 1), math.nan, "not a number"),
+        ((0, 0), math.nan, "not a number"),
+        ((0, 2), math.inf, "infinite"),
+        ((1, 2), -1.0, "negative"),
+        ((1, 3), 1.5, r"mean 1\.100000 over 5 targets"),
+        ((1, 3), 0.99, "mean 0.998"),
+        ((0, 0), 1.0, "mean 1.2"),
+    ],
+)
+def test_a_bad_weight_is_refused_with_what_was_found(place, value, message):
+    weight = valid_mask().float()
+    weight[place] = value
+    with pytest.raises(WeightError, match=message):
+        check_weights(weight, valid_mask())
+
+
+def test_a_weight_beyond_the_targets_is_refused_though_the_mean_is_one():
+    weight = torch.tensor([[1.0, 0.0, 1.0, 1.0], [0.0, 0.0, 1.0, 1.0]])
+    with pytest.raises(WeightError, match="reach beyond them"):
+        check_weights(weight, valid_mask())
+
+
+@pytest.mark.parametrize("content", [math.nan, math.inf])
+def test_a_broken_value_stops_the_step_before_its_forward(content):
+    step = whole_step("verifiable")
+    step.signal_BT[2, 8] = content
+    with pytest.raises(WeightError, match="look at the signal"):
+        objective("verifiable").prepare(step)
+
+
+class Faulty(Method):
+    """A weighting whose every weight is its name, on the right entries."""
+
+    def function(self):
+        if self.needs_forward:
+            return lambda ce_BTF, signal_BT, response_BT: align_future(float(self.weighting) * response_BT, ce_BTF.shape[2], 0.0)
+        return lambda signal_BT, response_BT: float(self.weighting) * response_BT
+
+
+@pytest.mark.parametrize("needs_forward", [False, True])
+@pytest.mark.parametrize("weight", ["nan", "-1", "1.1", "0"])
+def test_weights_are_checked_every_step_whether_or_not_they_need_the_forward(needs_forward, weight, models):
+    with pytest.raises(WeightError):
+        prepared(models[F], PolicyObjective(Faulty(weight, None, needs_forward), {}, F), whole_step())
+
+
+# --- the log -----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_summary_is_of_the_whole_step(name, models):
+    model, step, work = models[heads(name)], whole_step(name), objective(name)
+    loss, _, sums = prepared(model, work, step, 40)
+    ce = cross_entropy(model, step)
+    weight = token_weight(name, step, ce)
+    w, n = [weight[b, i] for b, i, _ in ce], len(ce)
+    figures = work.summary(sums)
+    assert all(isinstance(value, float) for value in figures.values()) and json.dumps(figures, allow_nan=False)
+    assert figures["loss"] == pytest.approx(loss, rel=1e-7)
+    assert figures["ce"] == pytest.approx(math.fsum(ce.values()) / n, rel=1e-9)
+    for h in range(work.n_future):
+        of_head = [loss for (_, _, head), loss in ce.items() if head == h]
+        assert figures[f"ce_head{h}"] == pytest.approx(math.fsum(of_head) / len(of_head), rel=1e-9)
+    assert figures["weight_mean"] == pytest.approx(1, abs=1e-6)
+    assert figures["weight_std"] == pytest.approx(math.sqrt(math.fsum((x - 1) ** 2 for x in w) / n), abs=1e-6)
+    assert figures["weight_ess"] == pytest.approx(math.fsum(w) ** 2 / math.fsum(x * x for x in w) / n, rel=1e-6)
+    assert figures["weight_selected"] == pytest.approx(sum(x > 0 for x in w) / n)
+
+
+# --- from params to an objective ---------------------------------------------------------------------------------------------------
+
+
+def never():
+    raise AssertionError("only a weighting that takes beta may read it")
+
+
+def test_objectives_come_from_their_blocks_and_beta_is_read_by_its_own_method_alone():
+    uniform = policy_objective("baseline", UniformMethod(weighting="uniform", n_future=4, mix=1.0), never)
+    assert (uniform.method, dict(uniform.settings), uniform.n_future, uniform.mix) == (METHODS["baseline"], {}, 4, 1.0)
+    rho1 = policy_objective("rho1", ExcessMethod(weighting="excess", n_future=2, mix=0.5, keep_fraction=0.7), never)
+    assert (dict(rho1.settings), rho1.n_future, rho1.mix) == ({"keep_fraction": 0.7}, 2, 0.5)
+    block = AdvantageMethod(weighting="advantage", n_future=4, mix=1.0, **{k: v for k, v in ADVANTAGE.items() if k != "beta"})
+    assert dict(policy_objective("verifiable", block, lambda: 0.7).settings) == {**ADVANTAGE, "beta": 0.7}
+
+
+@pytest.mark.parametrize("name, found", [("verifiable", "'advantage'"), ("no_such_method", "ntp, baseline, verifiable, rho1")])
+def test_a_block_that_does_not_fit_its_name_is_refused(name, found):
+    with pytest.raises(WeightError, match=found):
+        policy_objective(name, UniformMethod(weighting="uniform", n_future=4, mix=1.0), never)
+
+
+@pytest.fixture
+def token_data(tmp_path):
+    from wmtp.problems import Problem
+
+    problem = Problem.model_construct(task_id="t/0", source="micro", group="g", difficulty=1)
+    write_split(tmp_path / "policy", [Row([1, 5, 6, 2], 2, True, 0, "s0", (-1, -1)), Row([1, 5, 2], 2, True, 0, "s1", (-1, -1))], [problem])
+    manifest = {"tokenizer_sha256": "a" * 64, "splits": {"policy": {"sha256": "b" * 64}}}
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    return TokenData(tmp_path, "policy")
+
+
+@pytest.mark.slow
+def test_signals_are_read_by_row_and_a_failed_gate_is_refused(token_data, tmp_path):
+    values = [np.array([0.1, 0.2, 0.3, 0.4], dtype=np.float32), np.array([0.5, 0.6, 0.7], dtype=np.float32)]
+    passed, failed = tmp_path / "passed.safetensors", tmp_path / "failed.safetensors"
+    write_scores(passed, values, token_data, "c" * 64)
+    write_scores(failed, values, token_data, "c" * 64, gate_passed=False)
+    assert policy_signal("baseline", "nowhere", token_data, never) == (None, {})
+    for path, train_anyway in ((passed, never), (failed, lambda: True)):
+        row, inputs = policy_signal("verifiable", str(path), token_data, train_anyway)
+        assert row(0).tolist() == values[0].tolist() and row(1).tolist() == values[1].tolist() and set(inputs) == {"signal"}
+    with pytest.raises(WeightError, match=r"failed the quality gate.*train_anyway: true"):
+        policy_signal("verifiable", str(failed), token_data, lambda: False)
+    assert policy_signal("rho1", str(failed), token_data, never)[0](1).tolist() == values[1].tolist()

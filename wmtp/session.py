@@ -1,0 +1,144 @@
+"""The program of one sample as a trusted test sees it: names resolve to values, to trusted modules, or to objects that stay there."""
+
+import builtins
+import importlib
+import secrets
+import sys
+import types
+
+from wmtp import codec
+from wmtp.sandbox import Ended, Sample
+
+_RAISABLE = {
+    kind.__name__: kind
+    for kind in (
+        ArithmeticError, AssertionError, AttributeError, EOFError, IndexError, KeyError, LookupError, NameError, NotImplementedError,
+        OSError, OverflowError, RecursionError, RuntimeError, StopIteration, TypeError, ValueError, ZeroDivisionError,
+    )
+}  # fmt: skip
+
+
+class CannotCross(Exception):
+    """A test passes the program something that exists on this side alone."""
+
+
+class Remote:
+    """An object that stays in the sample. Equal to itself alone: the program's own `__eq__` is never asked."""
+
+    def __init__(self, session: "Session", number: int) -> None:
+        self.__dict__.update(_session=session, _number=number)
+
+    def __call__(self, *arguments: object, **keywords: object) -> object:
+        return self._session.apply("call", self, *arguments, **keywords)
+
+    def __iter__(self):
+        return iter(self._session.apply("list", self))
+
+    def __len__(self) -> int:
+        return self._session.apply("len", self)
+
+    def __bool__(self) -> bool:
+        return self._session.apply("bool", self) is True
+
+    def __str__(self) -> str:
+        return self._session.apply("str", self)
+
+    def __getitem__(self, key: object) -> object:
+        return self._session.apply("item", self, key)
+
+    def __getattr__(self, name: str) -> object:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return self._session.apply("attribute", self, name)
+
+    def __setattr__(self, name: str, value: object) -> None:
+        self._session.apply("assign", self, name, value)
+
+
+class Session:
+    """The program of one sample as the tests see it."""
+
+    def __init__(self, sample: Sample) -> None:
+        self.sample = sample
+
+    def resolve_number(self, number: int) -> Remote:
+        return Remote(self, number)
+
+    def ask(self, message: dict) -> object:
+        """The value in the answer; what the program raised is raised here, under its own name where that is a standard one."""
+        answer = self.sample.request(message)
+        if type(answer.get("raised")) is str:
+            raise self.raised(answer["raised"][:60], str(answer.get("text"))[:200])
+        if answer.get("missing") is True:
+            raise self.raised("NameError", f"name {message['name']!r} is not defined")
+        if "value" not in answer:
+            self.sample.end(Ended("crash", "not an answer"))
+        return answer["value"]
+
+    def raised(self, name: str, text: str) -> Exception:
+        if name == "MemoryError":
+            self.sample.end(Ended("memory", f"more than {self.sample.limits.memory_mb} MB"))
+        if name == "CodecError":
+            self.sample.end(Ended("output-limit", text))
+        error = _RAISABLE.get(name, RuntimeError)(text)
+        error.of_sample = f"{name}: {text}" if text else name
+        return error
+
+    def value(self, form: object) -> object:
+        try:
+            return codec.decode(form, self.resolve_number)
+        except codec.CodecError as error:
+            self.sample.end(Ended("output-limit", str(error)))
+
+    def load(self, program: str, standalone: bool = False) -> None:
+        self.ask({"op": "load", "program": program, "standalone": standalone})
+
+    def run(self, source: str) -> None:
+        nonce = secrets.token_hex(16)
+        if self.ask({"op": "run", "source": source, "nonce": nonce}) != nonce:
+            self.sample.end(Ended("crash", "not an answer"))
+
+    def resolve(self, name: str) -> object:
+        form = self.ask({"op": "resolve", "name": name})
+        if type(form) is list and form and form[0] == "m":
+            return trusted_module(form[-1])
+        return self.value(form)
+
+    def apply(self, operation: str, *arguments: object, **keywords: object) -> object:
+        message = {
+            "op": "apply",
+            "operation": operation,
+            "arguments": [self.form(argument) for argument in arguments],
+            "keywords": {name: self.form(value) for name, value in keywords.items()},
+        }
+        return self.value(self.ask(message))
+
+    def form(self, value: object) -> object:
+        return codec.encode(value, self.number_of)
+
+    def number_of(self, value: object) -> int:
+        if type(value) is Remote and value._session is self:
+            return value._number
+        raise CannotCross(f"a value of type {type(value).__name__}")
+
+
+def trusted_module(name: object) -> types.ModuleType:
+    """This side's own module where the program imported one of the standard library."""
+    if type(name) is str and name.partition(".")[0] in sys.stdlib_module_names and name.partition(".")[0] != "__main__":
+        return importlib.import_module(name)
+    raise KeyError(name)
+
+
+class Names(dict):
+    """Globals of a trusted test: its own names first, builtins next, and what is left, or named in `subjects`, comes from the program."""
+
+    def __init__(self, session: Session, subjects: frozenset[str] = frozenset()) -> None:
+        super().__init__(__name__="test", __builtins__=builtins)
+        self.session = session
+        self.subjects = subjects
+
+    def __missing__(self, name: str) -> object:
+        if hasattr(builtins, name) and name not in self.subjects:
+            raise KeyError(name)
+        self[name] = value = self.session.resolve(name)
+        return value
