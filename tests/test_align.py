@@ -50,7 +50,7 @@ def responses(*spans, T):
     return mask
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40, deadline=None, derandomize=True)
 @given(B=st.integers(1, 3), T=st.integers(1, 9), n_future=st.integers(1, 12), seed=st.integers(0, 99))
 def test_equals_its_definition(B, T, n_future, seed):
     q = torch.randn(B, T, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
@@ -81,7 +81,7 @@ def test_rows_do_not_reach_into_each_other():
     assert torch.equal(align_future(q[1:2], 4, FILL)[0], align_future(q, 4, FILL)[1])
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40, deadline=None, derandomize=True)
 @given(first=st.integers(1, 7), length=st.integers(1, 6), padding=st.integers(0, 3), n_future=st.integers(1, 5))
 def test_targets_are_the_response_tokens_and_the_mask_belongs_to_the_target(first, length, padding, n_future):
     T = first + length + padding

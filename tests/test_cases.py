@@ -85,12 +85,22 @@ def test_every_mutant_that_differs_on_a_case_or_probe_fails_a_chosen_case():
         chosen = separating_cases(whole, cases, probes)
         right = function(whole)
         assert len(chosen) >= N_CASES and chosen[0] == cases[0] and agrees(whole, chosen)
+        assert all(stages(whole, xs) for xs, _ in chosen)
         for mutant in one_change_mutants(whole):
             wrong = function(mutant)
             differs = any(wrong(xs) != right(xs) for xs in [xs for xs, _ in cases] + [xs for xs in probes if stages(whole, xs)])
             assert agrees(mutant, chosen) is not differs
             separated += differs
     assert separated > 900
+
+
+def test_a_probe_that_empties_the_list_is_no_case():
+    whole = composition("keep what is above 5", "whether all are at least 2")
+    assert (
+        not agrees(whole, [([1, 2], False)]) and function(composition("keep what is above 5", "whether any is at least 2"))([1, 2]) is False
+    )
+    cases = [([6, 7, 8], True), ([6, 3, 9], True)]
+    assert [xs for xs, _ in separating_cases(whole, cases, [[1, 2]])] == [[6, 7, 8], [6, 3, 9]]
 
 
 def test_no_constant_passes():

@@ -205,6 +205,14 @@ def test_a_changed_clause_differs_in_one_place_of_its_line():
             assert changed == ([at, at + 1] if mutant.kind == "order" else [at])
 
 
+def test_any_or_all_and_the_comparison_are_never_changed_at_once():
+    group = next(group for group in RESULTS["decide"] if group.lines == 2)
+    for row, (_, expression) in enumerate(group.rows):
+        tokens = [token for token, _, _ in lexical_tokens(expression.format(k=5))]
+        others = [[token for token, _, _ in lexical_tokens(group.rows[other][1].format(k=5))] for other in group.neighbours(row)]
+        assert len(others) == 4 and all(sum(a != b for a, b in zip(tokens, other)) == 1 for other in others)
+
+
 def test_spans_are_the_first_tokens_that_differ():
     for composition in drawn(300, seed=8):
         mutant = draw_mutation(random.Random(9), composition).composition

@@ -1,6 +1,7 @@
 """Prompts letter by letter, cutting as a property, programs, hashes."""
 
 import gzip
+import hashlib
 import json
 from pathlib import Path
 
@@ -161,6 +162,8 @@ def test_the_hash_covers_every_field_and_survives_a_round_trip():
     hashes = {with_sampling(base, **{field: value}).sha256 for field, value in other.items()}
     assert len(hashes) == len(other) and base.sha256 not in hashes
     assert with_sampling(base).sha256 == base.sha256 == Protocol.model_validate(base.model_dump()).sha256
+    fields = json.dumps(dict(sorted(base.model_dump(mode="json").items())))
+    assert base.sha256 == hashlib.sha256(fields.encode()).hexdigest()
     assert len({protocol.sha256 for protocol in PROTOCOLS.values()}) == len(PROTOCOLS)
 
 

@@ -1,15 +1,20 @@
-"""The codec, the checkers, and attacks on the sandbox itself: one property each."""
+"""The codec, the checkers, the filter, and attacks on the sandbox in every tier that works here: one property each."""
 
 import collections
 import dataclasses
+import errno
 import os
+import socket
+import struct
 import time
+from decimal import Decimal
+from fractions import Fraction
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from wmtp import checkers, codec
+from wmtp import checkers, codec, confine, referee, seccomp
 from wmtp.judge import judge
 from wmtp.records import AssertTests, Problem
 from wmtp.sandbox import HarnessError, Limits, Sandbox
@@ -17,6 +22,7 @@ from wmtp.sandbox import HarnessError, Limits, Sandbox
 ADD = Problem(
     task_id="add", source="mbpp", group="add", statement="", tests=AssertTests(asserts=["assert add(1, 2) == 3", "assert add(5, 6) == 11"])
 )
+ONE = ADD.model_copy(update={"tests": AssertTests(asserts=["assert add(1, 2) == 3"])})
 RIGHT = "def add(a, b):\n    return a + b\n"
 WRONG = "def add(a, b):\n    return 0\n"
 SHORT = Limits(cpu_seconds=0.5, wall_seconds=1.5, memory_mb=256, output_bytes=1 << 20)
@@ -24,6 +30,19 @@ SHORT = Limits(cpu_seconds=0.5, wall_seconds=1.5, memory_mb=256, output_bytes=1 
 
 def outcome(program, problem=ADD, limits=SHORT):
     return judge([(problem, program)], limits, 1)[0]
+
+
+def at(tier):
+    """A sandbox of exactly this tier."""
+    sandbox = Sandbox(SHORT, tier)
+    if sandbox.tier != tier:
+        sandbox.__exit__()
+        pytest.skip(f"this machine allows {sandbox.tier}, not {tier}")
+    return sandbox
+
+
+def decided(sandbox, program, problem=ADD):
+    return referee.decide(sandbox, {"program": program, "prompt": "", "tests": problem.tests.model_dump()}).verdict
 
 
 def refuse(value):
@@ -67,6 +86,9 @@ def test_exact_values_cross_unchanged(value):
         ValueError,
         "\ud800",
         {1: {2: (3,)}},
+        Fraction(1, 3),
+        Decimal("1.50"),
+        Decimal("nan"),
     ],
 )
 def test_rarer_values_cross(value):
@@ -112,6 +134,10 @@ def test_subclasses_leave_their_methods_behind():
         ["r", [0, 10**18, 1]],
         ["h", "0"],
         ["h", 99],
+        ["q", 1, 0],
+        ["q", "1", 2],
+        ["D", "1e999999"],
+        ["D", "x"],
         {"l": []},
         [],
         [[]],
@@ -230,10 +256,11 @@ def marked(marker):
     return found
 
 
+@pytest.mark.parametrize("tier", confine.TIERS)
 @pytest.mark.parametrize("after", ["", "import os\nos._exit(0)\n"])
-def test_no_process_outlives_its_sample(after):
+def test_no_process_outlives_its_sample(tier, after):
     # A daemon in a session of its own, with every descriptor closed and the parent gone.
-    marker = f"wmtp-orphan-{os.getpid()}"
+    marker = f"wmtp-orphan-{os.getpid()}-{tier}"
     program = f"""
 import os, sys, time
 if os.fork() == 0:
@@ -242,10 +269,12 @@ if os.fork() == 0:
         os.closerange(0, 200)
         os.execv({os.path.realpath("/bin/sh")!r}, ["sh", "-c", "sleep 100; : {marker}"])
     os._exit(0)
-time.sleep(0.2)
+time.sleep(0.3)
 {after}
-{RIGHT}"""
-    assert outcome(program).verdict == ("error" if after else "pass")
+def add(a, b): return {{found}}
+"""
+    with at(tier) as sandbox:
+        assert decided(sandbox, program.format(found="a + b")) == ("error" if after else "pass")
     deadline = time.monotonic() + 5
     while marked(marker) and time.monotonic() < deadline:
         time.sleep(0.05)
@@ -272,9 +301,127 @@ assert len(held) == 4, held
 
 
 def test_one_program_leaves_nothing_for_the_next():
-    plant = "import os\nopen('planted', 'w').write('x')\nos.mkdir('d')\nopen('d/f', 'w')\nos.chmod('d', 0)\nimport builtins\nbuiltins.planted = 1\n"
+    plant = """
+import builtins, os
+open('planted', 'w').write('x')
+os.mkdir('d')
+open('d/f', 'w').close()
+os.chmod('d', 0)
+builtins.planted = 1
+"""
     look = "import os, builtins\nassert os.listdir('.') == []\nassert not hasattr(builtins, 'planted')\n"
     assert [made.verdict for made in judge([(ADD, plant + RIGHT), (ADD, look + RIGHT)], SHORT, 1)] == ["pass", "pass"]
+
+
+@pytest.mark.parametrize("tier", confine.TIERS)
+def test_nothing_planted_stays_in_any_tier(tier):
+    plant = "import os\nos.mkdir('d')\nopen('d/f', 'w').close()\nos.chmod('d', 0)\n"
+    look = "import os\nassert os.listdir('.') == []\n"
+    with at(tier) as sandbox:
+        assert decided(sandbox, plant + RIGHT) == decided(sandbox, look + RIGHT) == "pass"
+
+
+@pytest.mark.parametrize("tier", confine.TIERS)
+def test_every_tier_tells_right_from_wrong(tier):
+    threads = "import threading\nt = threading.Thread(target=print)\nt.start()\nt.join()\n"
+    programs = {RIGHT: "pass", WRONG: "fail", "while True: pass": "timeout", "x = 'x' * 10**9": "memory", threads + RIGHT: "pass"}
+    with at(tier) as sandbox:
+        assert {program: decided(sandbox, program) for program in programs} == programs
+
+
+SHARED, FILES, NETWORK = confine.TIERS[:3], confine.TIERS[:2], confine.TIERS[:3]
+# Each function returns 3 = add(1, 2) where the act was refused. The tiers are those that promise to refuse it.
+ACTS = {
+    "signal": ("import os\ndef act(): os.kill({pid}, 0)", SHARED),
+    "signal to the group": ("import os\ndef act(): os.killpg(os.getpgid({pid}), 0)", SHARED),
+    "signal to all": ("import os\ndef act():\n    os.kill(-1, 0)\n    if os.getpid() == 1: raise OSError", SHARED),
+    "trace": ("def act(): check(libc.ptrace(16, {pid}, 0, 0))", SHARED),
+    "read memory": ("def act(): check(libc.syscall(310, {pid}, 0, 0, 0, 0, 0))", SHARED),
+    "change limits": ("import resource\ndef act(): resource.prlimit({pid}, resource.RLIMIT_NOFILE, (9, 9))", SHARED),
+    "new namespace": ("def act(): check(libc.unshare(0x10000000))", SHARED),
+    "own limits": ("import resource\ndef act(): resource.setrlimit(resource.RLIMIT_AS, (1 << 40, 1 << 40))", confine.TIERS),
+    "become root": ("import os\ndef act():\n    os.setresuid(0, 0, 0)", confine.TIERS),
+    "read a file": ("def act(): open({canary!r}).read()", FILES),
+    "write a file": ("def act(): open({canary!r}, 'a').write('x')", FILES),
+    "delete a file": ("import os\ndef act(): os.remove({canary!r})", FILES),
+    "plant a file": ("def act(): open({canary!r} + '2', 'w').write('x')", FILES),
+    "list processes": ("import os\ndef act(): open('/proc/{pid}/environ').read()", FILES),
+    "connect": ("import socket\ndef act(): socket.create_connection(('127.0.0.1', {port}), 1)", NETWORK),
+    "abstract socket": ("import socket\ndef act(): socket.socket(socket.AF_UNIX).connect({abstract!r})", NETWORK),
+}
+ASIDE = """
+import ctypes
+libc = ctypes.CDLL(None, use_errno=True)
+def check(result):
+    if result < 0: raise OSError(ctypes.get_errno(), 'refused')
+def add(a, b):
+    try:
+        act()
+    except (OSError, ValueError):
+        return a + b
+    return 'done'
+"""
+
+
+@pytest.mark.parametrize("tier", confine.TIERS)
+def test_acts_on_the_outside_are_refused(tier, tmp_path):
+    for path in (tmp_path, *tmp_path.parents[:2]):
+        path.chmod(0o777)
+    canary = tmp_path / "canary"
+    canary.write_text("alive")
+    canary.chmod(0o666)
+    abstract = f"\0wmtp-test-{os.getpid()}"
+    with at(tier) as sandbox, socket.create_server(("127.0.0.1", 0)) as server, socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(abstract)
+        listener.listen()
+        facts = {"pid": os.getpid(), "canary": str(canary), "port": server.getsockname()[1], "abstract": abstract}
+        for name, (act, tiers) in ACTS.items():
+            source = act.format(**facts) + ASIDE
+            if tier in tiers and not (name == "become root" and os.geteuid() != 0 and tier == confine.RLIMITS):
+                assert decided(sandbox, source, ONE) == "pass", f"{name} was not refused"
+    assert tier not in FILES or (canary.read_text() == "alive" and sorted(tmp_path.iterdir()) == [canary])
+
+
+def evaluate(code, number, arch, first=0):
+    """The answer of a seccomp filter, by the rules of BPF."""
+    data = {0: number, 4: arch, 16: first}
+    accumulator, place = 0, 0
+    while True:
+        operation, yes, no, value = struct.unpack_from("=HBBI", code, 8 * place)
+        place += 1
+        match operation:
+            case 0x20:
+                accumulator = data[value]
+            case 0x06:
+                return value
+            case 0x15:
+                place += yes if accumulator == value else no
+            case 0x35:
+                place += yes if accumulator >= value else no
+            case 0x45:
+                place += yes if accumulator & value else no
+
+
+@pytest.mark.parametrize("which, arch, clone, clone3, kill", [(0, 0xC000003E, 56, 435, 62), (1, 0xC00000B7, 220, 435, 129)])
+@pytest.mark.parametrize("own", [None, 42])
+def test_the_filter_refuses_exactly_its_list(monkeypatch, which, arch, clone, clone3, kill, own):
+    monkeypatch.setattr(seccomp, "architecture", lambda: which)
+    code = seccomp.program(own)
+    allow, refuse, absent = 0x7FFF0000, 0x00050000 | errno.EPERM, 0x00050000 | errno.ENOSYS
+    denied = {numbers[which] for numbers in seccomp._DENIED.values()}
+    if own is not None:
+        denied |= {numbers[which] for numbers in seccomp._DENIED_SHARED.values()}
+    for number in range(500):
+        expected = refuse if number in denied else absent if number == clone3 else allow
+        assert evaluate(code, number, arch, first=0) == expected, number
+    assert evaluate(code, 0, arch ^ 1) == refuse
+    assert evaluate(code, clone, arch, 0x11) == allow
+    for flag in (0x20000, 0x2000000, 0x4000000, 0x8000000, 0x10000000, 0x20000000, 0x40000000):
+        assert evaluate(code, clone, arch, flag | 0x11) == refuse
+    assert evaluate(code, kill, arch, 42) == allow
+    assert evaluate(code, kill, arch, 43) == (allow if own is None else refuse)
+    if which == 0:
+        assert evaluate(code, 0x40000000 | 1, arch) == refuse
 
 
 def test_a_dead_fork_server_is_an_error_of_the_harness_and_leaves_no_scratch():

@@ -61,7 +61,7 @@ def test_absent_scores_are_an_error(data, tmp_path):
 
 
 def test_scores_of_another_split_are_stale(micro, written):
-    with pytest.raises(ScoreError, match="data_sha256 is .* stale scores; run dvc repro"):
+    with pytest.raises(ScoreError, match=r"data_sha256 is .* stale scores; run dvc repro"):
         Scores(written, TokenData(micro.processed, "validation"))
 
 

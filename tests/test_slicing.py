@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sentencepiece import SentencePieceProcessor
+from sentencepiece import SentencePieceProcessor, sentencepiece_model_pb2
 
 from wmtp.bundle import BundleError, ModelArgs, bundle_sha256, read_args, read_metadata, read_tensors, tensor_shapes, verify, write_bundle
 from wmtp.slicing import SPACE, build_micro, cut_tokenizer, grow_heads, sliced, spread
@@ -184,7 +184,7 @@ def test_a_damaged_base_is_refused(large, tensors, tokenizer, tmp_path):
         lambda: build_micro(tmp_path / "base", tmp_path / "out", **SIZES),
         lambda: grow_heads(tmp_path / "base", tmp_path / "out", 4),
     ):
-        with pytest.raises(BundleError, match="model.safetensors: SHA256"):
+        with pytest.raises(BundleError, match=r"model.safetensors: SHA256"):
             work()
 
 
@@ -215,6 +215,9 @@ def test_pieces_keep_their_ids(tokenizer, n_pieces):
     assert rows[:-1] == list(range(n_pieces - 1))
     assert whole.id_to_piece(rows[-1]) == SPACE or rows[-1] == n_pieces - 1
     assert (small.unk_id(), small.bos_id(), small.eos_id(), small.pad_id()) == (0, 1, 2, -1)
+    model = sentencepiece_model_pb2.ModelProto()
+    model.ParseFromString(cut)
+    assert model.trainer_spec.vocab_size == n_pieces
 
 
 def test_the_whole_tokenizer_is_left_alone(tokenizer):
@@ -250,9 +253,7 @@ def test_any_text_survives(tokenizer, text):
 
 def test_without_its_row_the_blank_would_be_lost(tokenizer):
     """Why the blank is kept: a plain cut spells it in bytes, which decode to SentencePiece's mark."""
-    from sentencepiece import sentencepiece_model_pb2 as schema
-
-    model = schema.ModelProto()
+    model = sentencepiece_model_pb2.ModelProto()
     model.ParseFromString(tokenizer)
     del model.pieces[300:]
     plain = SentencePieceProcessor(model_proto=model.SerializeToString())

@@ -274,6 +274,12 @@ def pairs(n: int, seed: int) -> list:
     return [source.draw(TRAIN_FORMS[i % 5], FAMILIES[i % 3], "train") for i in range(n)]
 
 
+def test_wrong_programs_are_no_more_degenerate_than_right_ones():
+    tasks, fresh = pairs(300, seed=23), TaskSource(24, 1, 3).long
+    for member in ([task.composition for task in tasks], [task.mutation.composition for task in tasks]):
+        assert min(sum(stages(composition, xs) is not None for xs in fresh) / len(fresh) for composition in member) > 0.2
+
+
 def features(text: str) -> set:
     tokens = ["^", *(token for token, _, _ in lexical_tokens(text)), "$"]
     return {*tokens, *itertools.pairwise(tokens), *zip(tokens, tokens[1:], tokens[2:]), len(tokens), ("length", len(text))}

@@ -2,6 +2,7 @@ import hashlib
 import io
 import json
 import shutil
+from itertools import pairwise
 
 import pytest
 from hypothesis import HealthCheck, example, given, settings
@@ -117,7 +118,7 @@ def check_span(tokenizer, row, program, span):
     P, (first, last) = row.response_start, row.span
     ends = [len(tokenizer.decode_response((), row.input_ids[P:i])) for i in range(P, len(row.input_ids))]
     assert ends[-1] == len(program)
-    holding = [P + i for i, (a, b) in enumerate(zip(ends, ends[1:])) if a < span[1] and b > span[0]]
+    holding = [P + i for i, (a, b) in enumerate(pairwise(ends)) if a < span[1] and b > span[0]]
     assert list(range(first, last)) == holding
     assert P <= first < last <= len(row.input_ids) - 1, "the end of text is no part of a span"
 
@@ -195,7 +196,8 @@ def test_shortening_cuts_no_character_in_two(both):
 
 
 def test_mbpp_problems_are_shortened_too(tokenizer):
-    long = Problem(task_id="1_a", source="mbpp", group="1", statement="Write a function. " * 20, tests=AssertTests(asserts=["assert f(1) == 1"]))
+    tests = AssertTests(asserts=["assert f(1) == 1"])
+    long = Problem(task_id="1_a", source="mbpp", group="1", statement="Write a function. " * 20, tests=tests)
     (row,), counts = encode_split(tokenizer, [long], {"1_a": [solution()]}, "alpaca", 150)
     assert counts == {"statement shortened": 1} and "assert f(1) == 1" in tokenizer.pieces.decode(row.input_ids[1:-1])
 

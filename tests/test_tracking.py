@@ -386,7 +386,7 @@ def test_a_place_that_cannot_be_written_costs_the_tracking_alone(tmp_path, monke
 
 
 @pytest.mark.slow
-def test_the_address_in_the_environment_wins_and_outside_dvc_the_key_is_the_revision(tmp_path):
+def test_the_address_in_the_environment_wins_from_the_root_and_outside_dvc_the_key_is_the_revision(tmp_path):
     from mlflow.tracking.client import MlflowClient
 
     repository = tmp_path / "repository"
@@ -395,12 +395,11 @@ def test_the_address_in_the_environment_wins_and_outside_dvc_the_key_is_the_revi
     subprocess.run(["git", "init", "-q"], cwd=repository, check=True)
     subprocess.run(["git", *identity, "commit", "-q", "--allow-empty", "-m", "first"], cwd=repository, check=True)
     revision = subprocess.run(["git", "rev-parse", "HEAD"], cwd=repository, capture_output=True, text=True, check=True).stdout.strip()
-    other = f"sqlite:///{tmp_path / 'other.db'}"
-    variables = INHERITED | {"PYTHONPATH": str(ROOT), "MLFLOW_TRACKING_URI": other}
+    variables = INHERITED | {"PYTHONPATH": str(ROOT), "MLFLOW_TRACKING_URI": "sqlite:///other.db"}
     subprocess.run([sys.executable, "-c", PATIENT + LIGHT], cwd=repository / "inner", env=variables, check=True)
     delivered(repository)
     assert not (repository / ".mlflow" / "mlflow.db").exists()
-    (run,) = runs(repository, f"workspace-{revision[:12]}", store=MlflowClient(other))
+    (run,) = runs(repository, f"workspace-{revision[:12]}", store=MlflowClient(f"sqlite:///{repository / 'other.db'}"))
     assert run.data.tags["mlflow.source.git.commit"] == revision
     assert run.info.artifact_uri.startswith((repository / ".mlflow" / "artifacts").as_uri())
 

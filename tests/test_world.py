@@ -62,8 +62,9 @@ def two_ranks(out):
         wrapped(torch.tensor([[3.0 + 4 * world.rank]])).sum().backward()
         world.barrier()
         found = {
-            "world": [world.rank, world.size, world.is_first, str(world.device)], "sum": total.tolist(), "exact": total[1].item() == 1 + tiny,
-            "gathered": gathered, "gradient": model.weight.grad.item(), "empty": world.sum(torch.zeros(0)).tolist(),
+            "world": [world.rank, world.size, world.is_first, str(world.device)],
+            "sum": total.tolist(), "exact": total[1].item() == 1 + tiny, "empty": world.sum(torch.zeros(0)).tolist(),
+            "gathered": gathered, "gradient": model.weight.grad.item(),
         }  # fmt: skip
     assert not torch.distributed.is_initialized()
     with open(f"{out}/{world.rank}.json", "w") as file:

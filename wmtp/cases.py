@@ -71,9 +71,9 @@ def separating_cases(composition: Composition, cases: list[Case], probes: Sequen
 
 
 def varied_cases(cases: list[Case]) -> list[Case]:
-    """The first case and then N_CASES - 1 others, each result in turn, so that no constant passes."""
+    """The first case and then N_CASES - 1 others, from the back, each result in turn, so that no constant passes."""
     by_result: dict[str, list[Case]] = {}
-    for case in cases:
+    for case in (cases[0], *reversed(cases[1:])):
         by_result.setdefault(repr(case[1]), []).append(case)
     rounds = itertools.zip_longest(*by_result.values())
     return [case for case in itertools.chain.from_iterable(rounds) if case][:N_CASES]

@@ -2,8 +2,8 @@
 
 Decoding builds only values of exact types (None, bool, int, float, complex, str, bytes, bytearray, list, tuple, set, frozenset, dict,
 range, slice, Fraction, Decimal), builtin types and a few functions by name, and whatever `resolve` returns for the number of an object
-that stays where it was made. No class, code or import ever comes out of a message, and size and depth are bounded before anything is built. Subclasses cross
-as the plain value that they extend, so that an overridden `__eq__` stays behind.
+that stays where it was made. No class, code or import ever comes out of a message, and size and depth are bounded before anything is
+built. Subclasses cross as the plain value that they extend, so that an overridden `__eq__` stays behind.
 """
 
 import builtins

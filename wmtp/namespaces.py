@@ -1,8 +1,8 @@
 """A private world for the fork server and one within it for each sample: no network, no host files but the interpreter, no host processes.
 
 The fork server enters user (where it is not root), mount, net, ipc, uts and cgroup namespaces once, over a read-only root that holds the
-interpreter and the system's libraries. Each sample is cloned into its own pid and mount namespace with its own scratch directory, which is also /tmp and /dev/shm. There is
-no /proc: nothing but host facts is there to read.
+interpreter and the system's libraries. Each sample is cloned into its own pid and mount namespace with its own scratch directory, which
+is also /tmp and /dev/shm. There is no /proc: nothing but facts about the host is there to read.
 """
 
 import ctypes

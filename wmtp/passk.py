@@ -9,7 +9,7 @@ from wmtp.records import Verdict
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:
-    """Chance that k samples drawn without replacement from n, of which c pass, hold a passing one: 1 - C(n-c, k) / C(n, k), rounded once."""
+    """Chance that k of n samples, drawn without replacement, hold one of the c that pass: 1 - C(n-c, k) / C(n, k), rounded once."""
     if k < 1:
         raise ValueError(f"pass@k needs k >= 1, got k = {k}")
     if n < k:

@@ -195,28 +195,20 @@ CODEX_STOPS = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")
 BIGCODE_STOPS = ("\nclass", "\ndef", "\n#", "\n@", "\nprint", "\nif", "\n```")
 BIGCODE_MBPP_STOPS = ("\nclass", "\nassert", '\n"""', "\nprint", "\nif", "\n<|/", "\n```")
 EVALPLUS_STOPS = ("\nif __name__", "\ndef main(", "\nprint(", "\ndef ", "\nclass ", "\nimport ", "\nfrom ", "\nassert ")
-
-
-def _protocol(name: str, prompt_form: PromptForm, post: Post, stops: tuple[str, ...] = (), **sampling: Any) -> Protocol:
-    benchmark = {"humaneval": "humaneval", "mbpp": "mbpp", "contest": "contest"}.get(name.split("/")[0], "any")
-    return Protocol(name=name, benchmark=benchmark, prompt_form=prompt_form, post=post, stops=stops, **sampling)
-
+CONTEST_STOPS = ('\n"""', "\n```")
+GREEDY = {"n_samples": 1, "temperature": 0.0}
+MANY = {"n_samples": 1000, "temperature": 0.8}  # Gloeckle et al. 2024 take the best of five temperatures from 0.5 to 0.9
+NUCLEUS = {"temperature": 0.2, "top_p": 0.95, "max_tokens": 512}
 
 PROTOCOLS: dict[str, Protocol] = {
-    protocol.name: protocol
-    for protocol in (
-        _protocol("alpaca", "instruction", "completion", n_samples=10, temperature=0.8, max_tokens=512),
-        _protocol("humaneval/codex", "code", "continuation", CODEX_STOPS, n_samples=200, temperature=0.2, top_p=0.95, max_tokens=512),
-        _protocol(
-            "humaneval/bigcode", "code-stripped", "continuation", BIGCODE_STOPS, n_samples=200, temperature=0.2, top_p=0.95, max_tokens=512
-        ),
-        _protocol("humaneval/evalplus", "code-one-newline", "reachable", EVALPLUS_STOPS, n_samples=1, temperature=0.0, max_tokens=768),
-        _protocol("mbpp/3shot", "mbpp-shots", "completion", ("\n[DONE]", "[DONE]"), n_samples=1, temperature=0.0, max_tokens=512),
-        _protocol(
-            "mbpp/bigcode", "mbpp-docstring", "continuation", BIGCODE_MBPP_STOPS, n_samples=15, temperature=0.1, top_p=0.95, max_tokens=512
-        ),
-        _protocol(
-            "contest/stdio", "statement-docstring", "completion", ('\n"""', "\n```"), n_samples=1000, temperature=0.8, max_tokens=1024
-        ),
+    name: Protocol(name=name, benchmark=benchmark, prompt_form=prompt_form, post=post, stops=stops, **sampling)
+    for name, benchmark, prompt_form, post, stops, sampling in (
+        ("alpaca", "any", "instruction", "completion", (), {"n_samples": 10, "temperature": 0.8, "max_tokens": 512}),
+        ("humaneval/codex", "humaneval", "code", "continuation", CODEX_STOPS, {"n_samples": 200, **NUCLEUS}),
+        ("humaneval/bigcode", "humaneval", "code-stripped", "continuation", BIGCODE_STOPS, {"n_samples": 200, **NUCLEUS}),
+        ("humaneval/evalplus", "humaneval", "code-one-newline", "reachable", EVALPLUS_STOPS, {**GREEDY, "max_tokens": 768}),
+        ("mbpp/3shot", "mbpp", "mbpp-shots", "completion", ("\n[DONE]", "[DONE]"), {**GREEDY, "max_tokens": 512}),
+        ("mbpp/bigcode", "mbpp", "mbpp-docstring", "continuation", BIGCODE_MBPP_STOPS, {"n_samples": 200, **NUCLEUS}),
+        ("contest/stdio", "contest", "statement-docstring", "completion", CONTEST_STOPS, {**MANY, "max_tokens": 1024}),
     )
 }

@@ -17,7 +17,7 @@ import types
 
 from wmtp import checkers, confine
 from wmtp.sandbox import Ended, HarnessError, Limits, Sandbox
-from wmtp.session import CannotCross, Names, Session
+from wmtp.session import CannotCross, Names, Raised, Session
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,22 +73,28 @@ def run_check(session: Session, job: dict, tests: dict) -> None:
     names["check"](session.resolve(tests["entry_point"]))
 
 
-def run_asserts(session: Session, job: dict, tests: dict) -> None:
-    names = Names(session, shadowing(tuple(tests["asserts"])))
+def with_setup(session: Session, tests: dict, statements: list[str]) -> Names:
+    """Names after the setup, which runs on both sides: the program may use what it defines, and the tests must not trust that copy."""
+    names = Names(session, shadowing(tuple(statements)))
     if tests["setup"].strip():
+        code = compiled(tests["setup"])
         session.run(tests["setup"])
-        exec(compiled(tests["setup"]), names)
-    for statement in tests["asserts"]:
-        exec(compiled(statement), names)
+        exec(code, names)
+    return names
+
+
+def run_asserts(session: Session, job: dict, tests: dict) -> None:
+    codes = [compiled(statement) for statement in tests["asserts"]]
+    names = with_setup(session, tests, tests["asserts"])
+    for code in codes:
+        exec(code, names)
 
 
 def run_calls(session: Session, job: dict, tests: dict) -> None:
-    names = Names(session, shadowing(tuple(tests["calls"])))
-    if tests["setup"].strip():
-        session.run(tests["setup"])
-        exec(compiled(tests["setup"]), names)
-    for call, expected in zip(tests["calls"], tests["expected"], strict=True):
-        found = str(eval(compiled(call, "eval"), names))
+    codes = [compiled(call, "eval") for call in tests["calls"]]
+    names = with_setup(session, tests, tests["calls"])
+    for code, call, expected in zip(codes, tests["calls"], tests["expected"], strict=True):
+        found = str(eval(code, names))
         assert found == expected, f"{call}: expected {expected[:80]}, found {found[:80]}"
 
 
@@ -110,35 +116,31 @@ def outside(session: Session, job: dict) -> Decision:
     try:
         session.load(job["program"])
         RUN[job["tests"]["kind"]](session, job, job["tests"])
-    except (CannotCross, HarnessError, Ended):
+    except (CannotCross, HarnessError):
         raise
-    except BaseException as error:  # a test fails by whatever it raises
-        return failure(error, session)
+    except Raised as raised:
+        return Decision("error", str(raised))
+    except Exception as error:  # a test is any Python, and fails by whatever it raises
+        if session.sample.ended is not None:
+            raise session.sample.ended from None
+        if hasattr(error, "of_sample"):
+            return Decision("error", error.of_sample)
+        return Decision("fail", f"{type(error).__name__}: {error}".removesuffix(": "))
     if session.sample.ended is not None:
-        raise session.sample.ended
+        raise session.sample.ended  # the test swallowed it
     return Decision("pass", "")
 
 
-def failure(error: BaseException, session: Session) -> Decision:
-    if session.sample.ended is not None:
-        raise session.sample.ended from None
-    if hasattr(error, "of_sample"):
-        return Decision("error", error.of_sample)
-    text = str(error).splitlines()
-    return Decision("fail", f"{type(error).__name__}{': ' + text[0][:200] if text else ''}")
-
-
 def inside(session: Session, job: dict, reason: str) -> Decision:
+    note = f"tests ran inside the sample: they pass it {reason}"
     try:
         session.load(job["program"])
         session.run(inside_source(job["tests"]))
-    except (HarnessError, Ended):
-        raise
-    except Exception as error:
-        made = failure(error, session)
-        verdict = "fail" if made.detail.startswith("AssertionError") else made.verdict
-        return Decision(verdict, f"{made.detail} (tests ran inside: {reason})")
-    return Decision("pass", f"tests ran inside the sample: the test passes {reason}")
+    except Raised as raised:
+        return Decision("fail" if raised.name == "AssertionError" else "error", f"{raised}; {note}")
+    except Ended as ended:
+        raise Ended(ended.verdict, f"{ended.detail}; {note}", ended.starved) from None
+    return Decision("pass", note)
 
 
 def decide_function(sandbox: Sandbox, job: dict) -> Decision:
@@ -169,30 +171,25 @@ def decide_stdio(sandbox: Sandbox, job: dict) -> Decision:
 def run_stdio(sandbox: Sandbox, program: str, given: str) -> str | Decision:
     """What the program printed, or the decision where it did not end well."""
     limit = sandbox.limits.output_bytes
-    stdin, stdout = os.memfd_create("stdin"), os.memfd_create("stdout")
-    try:
-        os.write(stdin, given.encode())
-        os.lseek(stdin, 0, os.SEEK_SET)
-        with sandbox.start(stdin, stdout) as sample:
-            session = Session(sample)
-            try:
-                session.load(program, standalone=True)
-            except Ended as ended:
-                leaving = ended
-            except Exception as error:
-                made = failure(error, session)
-                full = os.fstat(stdout).st_size >= limit
-                return Decision("output-limit", f"more than {limit} bytes") if full else made
-            else:
-                return Decision("crash", "not an answer")
-        if os.fstat(stdout).st_size >= limit:
+    with open(os.memfd_create("stdin"), "w+b", buffering=0) as stdin, open(os.memfd_create("stdout"), "w+b", buffering=0) as stdout:
+        stdin.write(given.encode())
+        stdin.seek(0)
+        with sandbox.start(stdin.fileno(), stdout.fileno()) as sample:
+            ending = run_to_end(Session(sample), program)
+        if os.fstat(stdout.fileno()).st_size >= limit:
             return Decision("output-limit", f"more than {limit} bytes")
-        if leaving.verdict != "error" or leaving.detail != "left with exit status 0":
-            raise leaving
-        return os.pread(stdout, limit, 0).decode(errors="replace")
-    finally:
-        os.close(stdin)
-        os.close(stdout)
+        return ending or os.pread(stdout.fileno(), limit, 0).decode(errors="replace")
+
+
+def run_to_end(session: Session, program: str) -> Decision | None:
+    """None where the program left with exit status 0."""
+    try:
+        session.load(program, standalone=True)
+    except Raised as raised:
+        return Decision("error", str(raised))
+    except Ended as ended:
+        return None if ended.status == 0 else Decision(ended.verdict, ended.detail, ended.starved)
+    return Decision("crash", "not an answer")
 
 
 def watch(limits: Limits) -> None:

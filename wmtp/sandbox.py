@@ -49,11 +49,14 @@ class HarnessError(RuntimeError):
 
 
 class Ended(Exception):
-    """The sample gave no answer and will give none. `starved`: it hit the wall limit with CPU time to spare."""
+    """The sample gave no answer and will give none.
 
-    def __init__(self, verdict: str, detail: str, starved: bool = False) -> None:
+    `starved`: it hit the wall limit with CPU time to spare. `status`: its exit status, where it left of itself.
+    """
+
+    def __init__(self, verdict: str, detail: str, starved: bool = False, status: int | None = None) -> None:
         super().__init__(f"{verdict}: {detail}")
-        self.verdict, self.detail, self.starved = verdict, detail, starved
+        self.verdict, self.detail, self.starved, self.status = verdict, detail, starved, status
 
 
 def interpreter(entry: str) -> list[str]:
@@ -271,7 +274,7 @@ class Sample:
 
 def judge_status(status: int, cpu: float, limits: Limits) -> Ended:
     if os.WIFEXITED(status):
-        return Ended("error", f"left with exit status {os.WEXITSTATUS(status)}")
+        return Ended("error", f"left with exit status {os.WEXITSTATUS(status)}", status=os.WEXITSTATUS(status))
     number = os.WTERMSIG(status)
     if cpu >= limits.cpu_seconds and number in (signal.SIGKILL, signal.SIGXCPU):
         return Ended("timeout", f"more than {limits.cpu_seconds:g} s of CPU time")

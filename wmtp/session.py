@@ -18,6 +18,20 @@ _RAISABLE = {
 }  # fmt: skip
 
 
+class Raised(Exception):
+    """What the program raised, as its name and text."""
+
+    def __init__(self, name: str, text: str) -> None:
+        super().__init__(f"{name}: {text}" if text else name)
+        self.name, self.text = name, text
+
+    def as_standard(self) -> Exception:
+        """Under its own name where that is a standard one, so that a test which expects it meets it."""
+        error = _RAISABLE.get(self.name, RuntimeError)(self.text)
+        error.of_sample = str(self)
+        return error
+
+
 class CannotCross(Exception):
     """A test passes the program something that exists on this side alone."""
 
@@ -56,7 +70,7 @@ class Remote:
 
 
 class Session:
-    """The program of one sample as the tests see it."""
+    """The program of one sample as the tests see it. `load` and `run` raise Raised, `resolve` and `apply` a standard exception."""
 
     def __init__(self, sample: Sample) -> None:
         self.sample = sample
@@ -65,24 +79,22 @@ class Session:
         return Remote(self, number)
 
     def ask(self, message: dict) -> object:
-        """The value in the answer; what the program raised is raised here, under its own name where that is a standard one."""
+        """The value in the answer."""
         answer = self.sample.request(message)
         if type(answer.get("raised")) is str:
             raise self.raised(answer["raised"][:60], str(answer.get("text"))[:200])
         if answer.get("missing") is True:
-            raise self.raised("NameError", f"name {message['name']!r} is not defined")
+            raise Raised("NameError", f"name {message['name']!r} is not defined")
         if "value" not in answer:
             self.sample.end(Ended("crash", "not an answer"))
         return answer["value"]
 
-    def raised(self, name: str, text: str) -> Exception:
+    def raised(self, name: str, text: str) -> Raised:
         if name == "MemoryError":
             self.sample.end(Ended("memory", f"more than {self.sample.limits.memory_mb} MB"))
         if name == "CodecError":
             self.sample.end(Ended("output-limit", text))
-        error = _RAISABLE.get(name, RuntimeError)(text)
-        error.of_sample = f"{name}: {text}" if text else name
-        return error
+        return Raised(name, text)
 
     def value(self, form: object) -> object:
         try:
@@ -99,7 +111,10 @@ class Session:
             self.sample.end(Ended("crash", "not an answer"))
 
     def resolve(self, name: str) -> object:
-        form = self.ask({"op": "resolve", "name": name})
+        try:
+            form = self.ask({"op": "resolve", "name": name})
+        except Raised as raised:
+            raise raised.as_standard() from None
         if type(form) is list and form and form[0] == "m":
             return trusted_module(form[-1])
         return self.value(form)
@@ -111,7 +126,10 @@ class Session:
             "arguments": [self.form(argument) for argument in arguments],
             "keywords": {name: self.form(value) for name, value in keywords.items()},
         }
-        return self.value(self.ask(message))
+        try:
+            return self.value(self.ask(message))
+        except Raised as raised:
+            raise raised.as_standard() from None
 
     def form(self, value: object) -> object:
         return codec.encode(value, self.number_of)

@@ -6,6 +6,7 @@ takes over this code can at most send other answers, and answers are compared ou
 
 import array
 import errno
+import functools
 import gc
 import importlib
 import os
@@ -69,7 +70,7 @@ class World:
 def find_world(settings: dict) -> World:
     """The strongest tier that a rehearsal in a child shows to work here, but none above `settings["tier"]` where that names one."""
     first = confine.TIERS.index(settings["tier"]) if settings["tier"] is not None else 0
-    working = (tier for tier in confine.TIERS[first:-1] if succeeds(os.fork, lambda: rehearse(tier, settings)))
+    working = (tier for tier in confine.TIERS[first:-1] if succeeds(os.fork, functools.partial(rehearse, tier, settings)))
     return World(next(working, confine.RLIMITS), settings)
 
 

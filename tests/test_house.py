@@ -1,0 +1,208 @@
+"""The house's own rules: floors and wings, stage length, dependencies and parameters as declared, one table of methods."""
+
+import ast
+import copy
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.house import EXEMPT, ROOT, code_dependencies, imports, method_files
+from wmtp.params import OPERATIONAL, ParameterError, Params, View, declared_keys, validate
+from wmtp.weighting import METHODS
+
+# Rooms by wing, a list a floor, lowest first. An import goes to a strictly lower floor, and never from one wing into the other.
+BOTH = [
+    "records params progress runstore gate",
+    "protocols overlay launch tracking splits",
+    "benchmarks",
+]
+TRAINING = [
+    "align advantage bundle world optim",
+    "weighting model checkpoint convert slicing sources",
+    "tokens generate",
+    "batches scores sampling",
+    "policy critic",
+    "scoring train",
+]
+JUDGING = [
+    "grammar codec confine checkers",
+    "layouts cases passk namespaces seccomp landlock runtime",
+    "problems synthetic zygote compare report",
+    "raw_data sandbox",
+    "session",
+    "referee",
+    "judge",
+    "verdicts",
+]
+PLACE = {room: (wing, floor) for wing, floors in (("both", BOTH), ("training", TRAINING), ("judging", JUDGING))
+         for floor, rooms in enumerate(floors) for room in rooms.split()}  # fmt: skip
+STAGES = sorted((ROOT / "stages").glob("[a-z]*.py"))
+PIPELINE = yaml.safe_load((ROOT / "dvc.yaml").read_text())
+PARAMS = yaml.safe_load((ROOT / "params.yaml").read_text())
+
+
+def room(path: Path) -> str:
+    return path.relative_to(ROOT / "wmtp").parts[0].removesuffix(".py")
+
+
+def instances() -> dict[str, tuple[str, dict]]:
+    """Every stage instance by its DVC name: (module of its command, its body)."""
+    found = {}
+    for name, entry in PIPELINE["stages"].items():
+        body = entry.get("do", entry)
+        module = re.search(r"(?:-m|--) stages\.(\w+)", body["cmd"])[1]
+        for key in entry.get("foreach", {"": None}):
+            found[f"{name}@{key}" if key else name] = (module, body)
+    return found
+
+
+def test_every_room_has_a_place_and_a_sentence():
+    rooms = {room(path) for path in (ROOT / "wmtp").rglob("*.py")} - {"__init__"}
+    assert rooms == set(PLACE)
+    page = (ROOT / "docs/architecture.md").read_text()
+    assert not [name for name in rooms if f"`{name}`" not in page and f"`{name}/`" not in page]
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "wmtp").rglob("*.py")), ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_go_down_and_stay_in_their_wing(path):
+    if path == ROOT / "wmtp/__init__.py":
+        return
+    wing, floor = PLACE[room(path)]
+    for target in imports(path):
+        if room(target) == room(path):
+            continue
+        other_wing, other_floor = PLACE[room(target)]
+        assert other_wing in (wing, "both"), f"{room(path)} ({wing}) imports {room(target)} ({other_wing})"
+        assert other_floor < floor or (other_wing == "both" and wing != "both"), f"{room(path)} imports {room(target)} on its own floor or above"
+
+
+def test_the_judging_wing_works_where_torch_is_absent():
+    rooms = [name for name, (wing, _) in PLACE.items() if wing in ("judging", "both")]
+    code = "import sys; sys.modules['torch'] = None\n" + "\n".join(f"import wmtp.{name}" for name in rooms)
+    stage = "\nimport stages.evaluate_humaneval_mbpp, stages.compare, stages.fetch_data"
+    subprocess.run([sys.executable, "-c", code + stage], cwd=ROOT, check=True)
+
+
+@pytest.mark.parametrize("path", STAGES, ids=lambda path: path.stem)
+def test_a_stage_reads_calls_and_writes_on_one_screen(path):
+    assert len(path.read_text().splitlines()) < 60
+    assert path.stem in {module for module, _ in instances().values()}
+
+
+@pytest.mark.parametrize("name", instances())
+def test_code_dependencies_are_what_the_stage_imports(name):
+    module, body = instances()[name]
+    declared = [dependency for dependency in body["deps"] if dependency.endswith(".py") and "${" not in dependency]
+    assert sorted(set(declared) - method_files()) == code_dependencies(module)
+    assert not any(room(ROOT / dependency) in EXEMPT for dependency in declared if dependency.startswith("wmtp/"))
+
+
+def test_a_method_depends_on_its_own_weighting_alone():
+    items = PIPELINE["stages"]["train"]["foreach"]
+    for name, item in items.items():
+        assert item["weighting"] == METHODS[name].weighting == PARAMS["methods"][name]["weighting"]
+        scores = {"critic": "data/scores/critic.safetensors", "reference": "data/scores/reference.safetensors", None: "data/processed/policy"}
+        assert item["signal"] == scores[METHODS[name].signal]
+    for stage in ("warm-up", "tune-reference"):
+        assert f"wmtp/weighting/{METHODS['baseline'].weighting}.py" in PIPELINE["stages"][stage]["deps"]
+
+
+def test_one_table_of_methods():
+    trained = PIPELINE["stages"]["train"]["foreach"]
+    assert list(METHODS) == list(PARAMS["methods"]) == list(trained)
+    evaluated = ["start", *trained]
+    assert list(PIPELINE["stages"]["sample"]["foreach"]) == evaluated
+    assert PIPELINE["stages"]["evaluate-humaneval-mbpp"]["foreach"] == evaluated
+    compared = set(PIPELINE["stages"]["compare"]["deps"])
+    assert {f"metrics/{name}/eval.json" for name in evaluated} | {f"metrics/{name}/train.json" for name in trained} <= compared
+
+
+def keys_read(module: str) -> set[str]:
+    """Dotted parameter keys that a stage's source reads from `params`, names bound to a section of it included."""
+    tree = ast.parse((ROOT / "stages" / f"{module}.py").read_text())
+    aliases = {"params": ""}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Assign):
+            targets = node.targets[0].elts if isinstance(node.targets[0], ast.Tuple) else [node.targets[0]]
+            values = node.value.elts if isinstance(node.value, ast.Tuple) else [node.value]
+            for target, value in zip(targets, values):
+                if isinstance(target, ast.Name) and (key := dotted(value, aliases)):
+                    aliases[target.id] = key
+    return {key for node in ast.walk(tree) if isinstance(node, ast.Attribute) and (key := dotted(node, aliases))}
+
+
+def dotted(node: ast.AST, aliases: dict[str, str]) -> str:
+    parts = []
+    while isinstance(node, ast.Attribute | ast.Subscript):
+        if isinstance(node, ast.Attribute):
+            parts.append(node.attr)
+        node = node.value
+    if not isinstance(node, ast.Name) or node.id not in aliases:
+        return ""
+    return ".".join(part for part in [aliases[node.id], *reversed(parts)] if part)
+
+
+@pytest.mark.parametrize("name", instances())
+def test_declared_parameters_exist_and_belong(name):
+    for key in declared_keys(name, PIPELINE):
+        value = PARAMS
+        for part in key.split("."):
+            assert part in value, f"{name} declares {key}, which params.yaml does not have"
+            value = value[part]
+
+
+@pytest.mark.parametrize("name", instances())
+def test_what_a_stage_reads_it_declares(name):
+    module, body = instances()[name]
+    whole = validate(copy.deepcopy(PARAMS))
+    view = View(whole, declared_keys(name, PIPELINE) + OPERATIONAL, name)
+    lazily = ("critic.gate.train_anyway", "training.beta")  # asked for only by the methods that have them
+    for key in keys_read(module):
+        if module == "train" and any(f"{lazy}.".startswith(f"{key}.") for lazy in lazily):
+            continue
+        if key.startswith("methods"):
+            continue  # which block is an argument of the stage; test_reading_an_undeclared_key_is_an_error covers it
+        value = view
+        for part in key.split("."):
+            value = getattr(value, part)
+            if not isinstance(value, View):
+                break  # declared, with all that lies in it
+
+
+def test_reading_an_undeclared_key_is_an_error():
+    view = View(validate(copy.deepcopy(PARAMS)), declared_keys("train@ntp", PIPELINE), "train@ntp")
+    assert view.methods["ntp"].n_future == 1
+    with pytest.raises(ParameterError, match=r"train@ntp reads training\.beta, which dvc\.yaml does not declare"):
+        _ = view.training.beta
+    with pytest.raises(ParameterError, match=r"methods\.rho1"):
+        _ = view.methods["rho1"]
+
+
+def leaves(section: dict, path: str = "") -> list[str]:
+    found = []
+    for key, value in section.items():
+        found += leaves(value, f"{path}{key}.") if isinstance(value, dict) and value else [f"{path}{key}"]
+    return found
+
+
+def test_no_dead_parameter():
+    """Every leaf of params.yaml is declared by a stage, used in a command or path of dvc.yaml, or operational."""
+    text = (ROOT / "dvc.yaml").read_text()
+    used = {key for name in instances() for key in declared_keys(name, PIPELINE)} | set(re.findall(r"\$\{([\w.]+)\}", text))
+    for leaf in leaves(PARAMS):
+        prefixes = [leaf.rsplit(".", n)[0] for n in range(leaf.count(".") + 1)]
+        assert any(prefix in used or prefix in OPERATIONAL for prefix in prefixes), f"{leaf} changes nothing"
+
+
+def test_every_field_of_the_schema_is_in_the_file():
+    assert set(Params.model_fields) == set(PARAMS)
+
+
+def test_no_machine_path_in_the_tree():
+    files = subprocess.run(["git", "ls-files"], cwd=ROOT, check=True, capture_output=True, text=True).stdout.split()
+    pattern = re.compile(r"(?<![\w.])/(?:root|work|home/\w+)/")
+    assert not [name for name in files if (ROOT / name).is_file() and pattern.search((ROOT / name).read_text(errors="replace"))]
