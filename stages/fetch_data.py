@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from stages import run
-from wmtp import raw_data, synthetic
+from wmtp import hub_data, raw_data, synthetic
 
 
 def work(params: Any, track: Any, out: str) -> dict[str, Any]:
@@ -13,7 +13,7 @@ def work(params: Any, track: Any, out: str) -> dict[str, Any]:
         return synthetic.generate(Path(out), seed=params.seed, **source.model_dump(exclude={"kind"}))
     if source.kind == "local":
         return raw_data.copy_folders(Path(source.path), source.folders.model_dump(), Path(out))
-    return raw_data.download(Path(out), **source.model_dump(exclude={"kind"}))
+    return hub_data.download(Path(out), **source.model_dump(exclude={"kind"}))
 
 
 if __name__ == "__main__":

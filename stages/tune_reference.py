@@ -1,4 +1,4 @@
-"""python -m stages.tune_reference START PROCESSED OUT LOG: the reference model, tuned on correct programs of other problems than the policies train on."""
+"""python -m stages.tune_reference START PROCESSED OUT LOG: the reference, tuned on other problems than the policies'."""
 
 from pathlib import Path
 from typing import Any

@@ -133,5 +133,5 @@ def test_a_wrong_shape_or_number_of_heads_is_refused_with_what_was_found(shape, 
 
 
 def test_the_worked_example_in_the_documentation_holds():
-    outcome = doctest.testmod(align)
+    outcome = doctest.testmod(align, extraglobs={"torch": torch})
     assert outcome.attempted >= 1 and outcome.failed == 0

@@ -77,7 +77,9 @@ def test_imports_go_down_and_stay_in_their_wing(path):
             continue
         other_wing, other_floor = PLACE[room(target)]
         assert other_wing in (wing, "both"), f"{room(path)} ({wing}) imports {room(target)} ({other_wing})"
-        assert other_floor < floor or (other_wing == "both" and wing != "both"), f"{room(path)} imports {room(target)} on its own floor or above"
+        assert other_floor < floor or (other_wing == "both" and wing != "both"), (
+            f"{room(path)} imports {room(target)} on its own floor or above"
+        )
 
 
 def test_the_judging_wing_works_where_torch_is_absent():
@@ -105,7 +107,11 @@ def test_a_method_depends_on_its_own_weighting_alone():
     items = PIPELINE["stages"]["train"]["foreach"]
     for name, item in items.items():
         assert item["weighting"] == METHODS[name].weighting == PARAMS["methods"][name]["weighting"]
-        scores = {"critic": "data/scores/critic.safetensors", "reference": "data/scores/reference.safetensors", None: "data/processed/policy"}
+        scores = {
+            "critic": "data/scores/critic.safetensors",
+            "reference": "data/scores/reference.safetensors",
+            None: "data/processed/policy",
+        }
         assert item["signal"] == scores[METHODS[name].signal]
     for stage in ("warm-up", "tune-reference"):
         assert f"wmtp/weighting/{METHODS['baseline'].weighting}.py" in PIPELINE["stages"][stage]["deps"]
@@ -157,7 +163,7 @@ def test_declared_parameters_exist_and_belong(name):
 
 @pytest.mark.parametrize("name", instances())
 def test_what_a_stage_reads_it_declares(name):
-    module, body = instances()[name]
+    module, _ = instances()[name]
     whole = validate(copy.deepcopy(PARAMS))
     view = View(whole, declared_keys(name, PIPELINE) + OPERATIONAL, name)
     lazily = ("critic.gate.train_anyway", "training.beta")  # asked for only by the methods that have them

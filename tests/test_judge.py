@@ -420,6 +420,13 @@ def test_a_referee_that_dies_is_replaced_and_never_counts_as_a_fail(monkeypatch)
     assert "judging process ended" in made.detail
 
 
+def test_nothing_stays_in_the_directory_for_temporary_files(monkeypatch, tmp_path):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    (tmp_path.parent).chmod(0o755)
+    assert outcome(ASSERTS, RIGHT).verdict == "pass"
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_self_check_counts_and_names_what_does_not_pass():
     problems = [
         ASSERTS.model_copy(update={"task_id": "b", "reference": WRONG}),
@@ -568,3 +575,12 @@ def test_time_counts_cpu_not_the_clock():
     made = judge([(ASSERTS, f"{work}# {i}\n{RIGHT}") for i in range(8)], limits, 8)
     assert {each.verdict for each in made} == {"pass"}
     assert time.monotonic() > before
+
+
+@pytest.mark.slow
+def test_waiting_for_a_processor_is_not_held_against_a_program():
+    """Sixteen workers share the processors: by the clock each program takes far longer than its wall limit."""
+    work = "import time\nstart = time.process_time()\nwhile time.process_time() - start < 0.5: pass\n"
+    lines = [judging._line(ASSERTS, f"{work}# {i}\n{RIGHT}") for i in range(16)]
+    made = judging._run(lines, Limits(cpu_seconds=2.0, wall_seconds=2.0), 16, lambda _: None)
+    assert {each["verdict"] for each in made} == {"pass"}

@@ -1,6 +1,7 @@
 """The codec, the checkers, the filter, and attacks on the sandbox in every tier that works here: one property each."""
 
 import collections
+import contextlib
 import dataclasses
 import errno
 import os
@@ -151,6 +152,12 @@ def test_messages_outside_the_format_are_refused(form):
 
 
 def test_depth_and_size_are_bounded():
+    for levels, refused in ((codec.MAX_DEPTH - 1, False), (codec.MAX_DEPTH + 1, True)):
+        nested = 0
+        for _ in range(levels):
+            nested = ["l", [nested]]
+        with pytest.raises(codec.CodecError) if refused else contextlib.nullcontext():
+            codec.decode(nested, refuse)
     deep = []
     for _ in range(100_000):
         deep = ["l", [deep]]

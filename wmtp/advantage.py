@@ -30,9 +30,7 @@ def _discounted_sum(delta_BT: Tensor, rate_B1: Tensor) -> Tensor:
     return total
 
 
-def gae(
-    values_BT: Tensor, reward_B: Tensor, response_BT: Tensor, gamma: float = 1.0, lam: float | Tensor = 1.0
-) -> tuple[Tensor, Tensor]:
+def gae(values_BT: Tensor, reward_B: Tensor, response_BT: Tensor, gamma: float = 1.0, lam: float | Tensor = 1.0) -> tuple[Tensor, Tensor]:
     """Advantages [B, T] by target token and value targets [B, T] by state, from a reward paid at the last response token.
 
     `response_BT` (bool) marks one run of tokens P..L a row, P >= 1; rows are not packed. `lam` may be one number or one a row.
@@ -50,7 +48,11 @@ def gae(
 
 
 def policy_advantage(
-    values_BT: Tensor, response_BT: Tensor, gamma: float = 1.0, lam: float | Tensor = 0.95, terminal_credit: bool = False,
+    values_BT: Tensor,
+    response_BT: Tensor,
+    gamma: float = 1.0,
+    lam: float | Tensor = 0.95,
+    terminal_credit: bool = False,
     reward_B: Tensor | None = None,
 ) -> Tensor:
     """Advantages [B, T] made of value differences alone: delta[L] = 0 unless `terminal_credit` pays `reward_B` there.

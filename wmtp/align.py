@@ -5,7 +5,6 @@ axes: ce_BTF. Every per-token quantity (label, advantage, reference loss, weight
 alone turns it into what each head sees.
 """
 
-import torch
 from torch import Tensor
 from torch.nn import functional
 

@@ -32,7 +32,9 @@ class Request:
 
 def gumbel(key_B: Tensor, position_B: Tensor, vocab_size: int) -> Tensor:
     """Standard Gumbel noise [B, V] float32 as a pure function of (key, position, token): splitmix64 of a counter."""
-    counter = key_B[:, None] + position_B[:, None] * -7046029254386353131 + torch.arange(vocab_size, device=key_B.device) * 0x2545F4914F6CDD1D
+    counter = (
+        key_B[:, None] + position_B[:, None] * -7046029254386353131 + torch.arange(vocab_size, device=key_B.device) * 0x2545F4914F6CDD1D
+    )
     bits = _mix(_mix(counter))
     uniform = ((bits >> 40) & 0xFFFFFF).float().add(0.5).mul(2.0**-24)
     return -torch.log(-torch.log(uniform))
@@ -66,8 +68,16 @@ def _nucleus(scaled_BV: Tensor, top_p: float) -> Tensor:
 
 @torch.inference_mode()
 def generate(
-    model: Transformer, requests: list[Request], *, max_tokens: int, eos: int, top_p: float, seed: int, batch_rows: int,
-    stopped: Callable[[Request], bool] | None = None, stop_every: int = 8,
+    model: Transformer,
+    requests: list[Request],
+    *,
+    max_tokens: int,
+    eos: int,
+    top_p: float,
+    seed: int,
+    batch_rows: int,
+    stopped: Callable[[Request], bool] | None = None,
+    stop_every: int = 8,
 ) -> Iterator[list[Request]]:
     """Fills the requests' outputs, `batch_rows` at a time and similar prompt lengths together; yields each batch as it ends.
 
@@ -81,8 +91,14 @@ def generate(
 
 
 def _generate_batch(
-    model: Transformer, batch: list[Request], max_tokens: int, eos: int, top_p: float, seed: int,
-    stopped: Callable[[Request], bool] | None, stop_every: int,
+    model: Transformer,
+    batch: list[Request],
+    max_tokens: int,
+    eos: int,
+    top_p: float,
+    seed: int,
+    stopped: Callable[[Request], bool] | None,
+    stop_every: int,
 ) -> None:
     device = model.tok_embeddings.weight.device
     logits_BV, cache, position_B = _prefill(model, batch, max_tokens, device)

@@ -155,8 +155,13 @@ class Transformer(nn.Module):
         return 1 + len(self.extra_heads)
 
     def forward(
-        self, tokens_BT: Tensor, targets_BTF: Tensor | None = None, cache: Cache | None = None, position_BT: Tensor | None = None,
-        n_future: int | None = None, first: int = 0,
+        self,
+        tokens_BT: Tensor,
+        targets_BTF: Tensor | None = None,
+        cache: Cache | None = None,
+        position_BT: Tensor | None = None,
+        n_future: int | None = None,
+        first: int = 0,
     ) -> Tensor:
         """Without targets: logits [B, T, F, V]. With targets: cross-entropy [B, T, F] in nats, at least float32, 0 where IGNORE.
 

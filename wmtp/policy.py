@@ -97,7 +97,7 @@ def policy_signal(
     scores = Scores(path, data)
     if METHODS[name].signal == "critic" and not scores.gate_passed and not train_anyway():
         raise WeightError(
-            f"{path}: its critic failed the quality gate (metrics/critic.json says how); train it longer, or set critic.gate.train_anyway: true"
+            f"{path}: its critic failed the quality gate (see metrics/critic.json); train it longer, or set critic.gate.train_anyway: true"
         )
     return scores.row, {"signal": scores.sha256}
 
@@ -108,7 +108,7 @@ def check_weights(weight_BT: Tensor, valid_BT: Tensor) -> Tensor:
     mean = float(weight_BT.double().sum()) / max(n, 1)
     if not torch.isfinite(weight_BT).all() or (weight_BT < 0).any():
         raise WeightError("a weight is negative, infinite or not a number; look at the signal that it was made from")
-    if n and abs(mean - 1) > 1e-4 or bool((weight_BT[~valid_BT] != 0).any()):
+    if (n and abs(mean - 1) > 1e-4) or bool((weight_BT[~valid_BT] != 0).any()):
         raise WeightError(f"weights have mean {mean:.6f} over {n} targets or reach beyond them, expected mean 1 on the targets alone")
     return weight_BT
 

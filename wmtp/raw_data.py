@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from wmtp import problems
+from wmtp.layouts import data_file
 from wmtp.records import Problem, RecordError, Solution
 
 FOLDERS = ("codecontests", "functions", "humaneval", "mbpp")
@@ -58,7 +59,7 @@ def read_raw(raw: Path) -> Corpus:
             dropped.update({f"{name}: {reason}": count for reason, count in reasons.items()})
             for program in programs:
                 solutions.setdefault(program.task_id, []).append(program)
-    mbpp = problems.read_mbpp(one_file(raw / "mbpp", "mbpp"))
+    mbpp = problems.read_mbpp(data_file(raw / "mbpp", "mbpp"))
     for problem in mbpp:
         if problems.mbpp_split(problem) == "train":
             training.append(problem)
@@ -67,15 +68,7 @@ def read_raw(raw: Path) -> Corpus:
                          origin="reference")
             ]  # fmt: skip
     benchmarks = {
-        "humaneval": problems.read_humaneval(one_file(raw / "humaneval", "HumanEval")),
+        "humaneval": problems.read_humaneval(data_file(raw / "humaneval", "HumanEval")),
         "mbpp": [problem for problem in mbpp if problems.mbpp_split(problem) == "test"],
     }
     return Corpus(training, solutions, benchmarks, dropped)
-
-
-def one_file(folder: Path, stem: str) -> Path:
-    """folder/stem.jsonl or its .gz form."""
-    for suffix in (".jsonl.gz", ".jsonl"):
-        if (folder / f"{stem}{suffix}").is_file():
-            return folder / f"{stem}{suffix}"
-    raise RecordError(f"{folder}: neither {stem}.jsonl nor {stem}.jsonl.gz is there; see the layout that fetch-data writes (wmtp/raw_data.py)")

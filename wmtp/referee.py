@@ -193,8 +193,8 @@ def run_to_end(session: Session, program: str) -> Decision | None:
 
 
 def watch(limits: Limits) -> None:
-    """SIGALRM ends this process when judging takes more than two samples and as long again."""
-    signal.setitimer(signal.ITIMER_REAL, 3 * limits.wall_seconds + 2.0)
+    """SIGALRM ends this process when judging takes longer than two samples can."""
+    signal.setitimer(signal.ITIMER_REAL, 2 * limits.longest_seconds + limits.wall_seconds + 2.0)
 
 
 def decide(sandbox: Sandbox, job: dict) -> Decision:

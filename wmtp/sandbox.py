@@ -30,6 +30,7 @@ _TICK_SECONDS = 0.005
 class Limits:
     """Per program, or per input of a program that reads stdin. CPU time decides; the wall limit catches sleepers.
 
+    wall_seconds: without the time spent waiting for a CPU, where the kernel tells that time, and then at most 4 times as long by the clock.
     memory_mb: address space, interpreter included (about 30 MB). output_bytes: stdout, each file written, and each answer.
     """
 
@@ -42,6 +43,11 @@ class Limits:
         for field in dataclasses.fields(self):
             if not getattr(self, field.name) > 0:
                 raise ValueError(f"limits.{field.name}: expected more than 0, found {getattr(self, field.name)}")
+
+    @property
+    def longest_seconds(self) -> float:
+        """After this time by the clock a sample is killed however little it ran."""
+        return 4 * self.wall_seconds
 
 
 class HarnessError(RuntimeError):
@@ -209,7 +215,8 @@ class Sample:
         self.poll.register(self.channel, event)
         while True:
             cpu = time.clock_gettime(self.clock)
-            wall = time.monotonic() - self.started
+            clock = time.monotonic() - self.started
+            wall = clock if clock < self.limits.wall_seconds or clock >= self.limits.longest_seconds else clock - self.queued()
             if cpu >= self.limits.cpu_seconds:
                 self.end(Ended("timeout", f"more than {self.limits.cpu_seconds:g} s of CPU time"))
             if wall >= self.limits.wall_seconds:
@@ -217,6 +224,14 @@ class Sample:
             left = min(self.limits.cpu_seconds - cpu, self.limits.wall_seconds - wall)
             if self.poll.poll(1000 * max(left, _TICK_SECONDS)):
                 return
+
+    def queued(self) -> float:
+        """Seconds that the sample was ready to run and had no CPU, which a loaded machine must not hold against it; 0 where untold."""
+        try:
+            with open(f"/proc/{self.pid}/schedstat") as file:
+                return int(file.read().split()[1]) / 1e9
+        except (OSError, IndexError):
+            return 0.0
 
     def end(self, ended: Ended) -> None:
         """Remembers why, because a test may swallow the exception."""

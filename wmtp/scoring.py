@@ -33,7 +33,9 @@ def critic_value(critic: Critic) -> Callable[[Batch], Tensor]:
 
 
 @torch.no_grad()
-def score_rows(score: Callable[[Batch], Tensor], data: TokenData, rows: np.ndarray, world: World, token_budget: int) -> list[np.ndarray] | None:
+def score_rows(
+    score: Callable[[Batch], Tensor], data: TokenData, rows: np.ndarray, world: World, token_budget: int
+) -> list[np.ndarray] | None:
     """One float32 array per entry of `rows`, as long as that row, on rank 0; None elsewhere."""
     found: dict[int, np.ndarray] = {}
     with Bar("score", len(rows), unit="rows") as bar:
@@ -50,7 +52,13 @@ def score_rows(score: Callable[[Batch], Tensor], data: TokenData, rows: np.ndarr
 
 
 def score_split(
-    score: Callable[[Batch], Tensor], data: TokenData, model_sha256: str, out: Path, world: World, token_budget: int, gate_passed: bool = True
+    score: Callable[[Batch], Tensor],
+    data: TokenData,
+    model_sha256: str,
+    out: Path,
+    world: World,
+    token_budget: int,
+    gate_passed: bool = True,
 ) -> None:
     scores = score_rows(score, data, np.arange(len(data)), world, token_budget)
     if scores is not None:

@@ -135,7 +135,13 @@ def write_split(path: Path, rows: list[Row], problems: list[Problem]) -> dict[st
     for number, row in enumerate(rows):
         by_problem.setdefault(row.problem, {"correct": [], "incorrect": []})["correct" if row.is_correct else "incorrect"].append(number)
     index = [
-        {"task_id": problems[p].task_id, "source": problems[p].source, "group": problems[p].group, "difficulty": problems[p].difficulty, **found}
+        {
+            "task_id": problems[p].task_id,
+            "source": problems[p].source,
+            "group": problems[p].group,
+            "difficulty": problems[p].difficulty,
+            **found,
+        }
         for p, found in sorted(by_problem.items())
     ]
     write_text(path / "problems.json", json.dumps(index, indent=0))
@@ -203,7 +209,7 @@ def check_same_tokenizer(expected_sha256: str, bundle: str | Path, whose: str) -
     tokenizer = Tokenizer(bundle)
     if tokenizer.sha256 != expected_sha256:
         raise TokenError(
-            f"{tokenizer.path}: {whose} has another tokenizer (SHA256 {tokenizer.sha256[:12]}) than the token data ({expected_sha256[:12]});"
+            f"{tokenizer.path}: {whose}: tokenizer {tokenizer.sha256[:12]}, expected that of the token data, {expected_sha256[:12]};"
             " use a model that shares it, or set data.tokenizer"
         )
     return tokenizer

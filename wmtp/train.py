@@ -99,8 +99,16 @@ def _last_one_synchronises(model: nn.Module, last: bool) -> Any:
 
 
 def fit(
-    model: nn.Module, objective: Objective, plan: Plan, settings: Any, world: World, *, parallel: str = "ddp", scratch: Path | None = None,
-    label: str = "train", on_log: Callable[[int, dict[str, float]], None] | None = None,
+    model: nn.Module,
+    objective: Objective,
+    plan: Plan,
+    settings: Any,
+    world: World,
+    *,
+    parallel: str = "ddp",
+    scratch: Path | None = None,
+    label: str = "train",
+    on_log: Callable[[int, dict[str, float]], None] | None = None,
 ) -> list[dict[str, float]]:
     """Trains `model` in place for plan.n_steps; returns the logged records, equal to the byte whether or not it was interrupted.
 
@@ -118,9 +126,13 @@ def fit(
             for group in optimizer.param_groups:
                 group["lr"] = rate
             try:
-                sums, norm = train_step(wrapped, optimizer, objective, plan.step(number), world, settings.micro_batch_tokens, settings.clip_norm)
+                sums, norm = train_step(
+                    wrapped, optimizer, objective, plan.step(number), world, settings.micro_batch_tokens, settings.clip_norm
+                )
             except NotFinite as error:
-                raise NotFinite(f"{label}: step {number + 1} of {plan.n_steps}: {error}; weights unchanged, lower the learning rate") from None
+                raise NotFinite(
+                    f"{label}: step {number + 1} of {plan.n_steps}: {error}; weights unchanged, lower the learning rate"
+                ) from None
             note = ""
             if (number + 1) % plan.log_every == 0 or number + 1 == plan.n_steps:
                 figures = objective.summary({name: world.sum(part) for name, part in sums.items()})
@@ -136,7 +148,14 @@ def fit(
 
 
 def fit_or_resume(
-    model: nn.Module, objective: Objective, plan: Plan, params: Any, world: World, *, stage: str, inputs: Mapping[str, str],
+    model: nn.Module,
+    objective: Objective,
+    plan: Plan,
+    params: Any,
+    world: World,
+    *,
+    stage: str,
+    inputs: Mapping[str, str],
     on_log: Callable[[int, dict[str, float]], None] | None = None,
 ) -> list[dict[str, float]]:
     """`fit` with its state in a scratch directory named after everything that shapes the run: declared parameters, inputs, world size."""
@@ -150,7 +169,14 @@ def fit_or_resume(
 
 
 def tune(
-    params: Any, section: str, split: str, start: Path, processed: Path, out: Path, world: World, on_log: Callable[[int, dict[str, float]], None]
+    params: Any,
+    section: str,
+    split: str,
+    start: Path,
+    processed: Path,
+    out: Path,
+    world: World,
+    on_log: Callable[[int, dict[str, float]], None],
 ) -> list[dict[str, float]]:
     """Uniform training on the split's correct programs, every head that the start has: the warm-up and the reference. Writes `out`."""
     settings, data = params[section], TokenData(processed, split)

@@ -13,8 +13,17 @@ _BETA_DOUBLINGS = 40
 
 
 def token_weights(
-    values_BT: Tensor, response_BT: Tensor, *, beta: float, gamma: float, lam: float | str, sigma_floor: float, z_clip: float,
-    weight_clip_min: float, weight_clip_max: float, concentration_floor: float,
+    values_BT: Tensor,
+    response_BT: Tensor,
+    *,
+    beta: float,
+    gamma: float,
+    lam: float | str,
+    sigma_floor: float,
+    z_clip: float,
+    weight_clip_min: float,
+    weight_clip_max: float,
+    concentration_floor: float,
 ) -> Tensor:
     """Weights [B, T] float32 with mean 1 over the response tokens of all B rows, which are a whole optimizer step over all ranks.
 

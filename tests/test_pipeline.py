@@ -1,0 +1,191 @@
+"""The user's commands as typed, by running DVC for real on the tiny preset in a clone of this repository."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.house import ROOT
+
+pytestmark = pytest.mark.slow
+METHODS = ("ntp", "baseline", "verifiable", "rho1")
+
+
+def environment() -> dict[str, str]:
+    """This interpreter first on the path, as an activated environment has it, and nothing of a DVC run that may surround the tests."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("DVC_", "WMTP_", "MLFLOW_", "OMP_"))}
+    identity = {f"GIT_{who}_{what}": "test@localhost" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")}
+    return {**kept, **identity, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+
+
+def run(folder: Path, *command: str, check: bool = True) -> subprocess.CompletedProcess:
+    done = subprocess.run(command, cwd=folder, env=environment(), capture_output=True, text=True)
+    assert not check or done.returncode == 0, f"{' '.join(command)} ended with {done.returncode}:\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+    return done
+
+
+def copied(folder: Path) -> Path:
+    """A repository of its own with this working tree's files and the tiny parameters."""
+    listed = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard"], cwd=ROOT, check=True, capture_output=True, text=True
+    ).stdout.splitlines()
+    for name in listed:
+        if (ROOT / name).is_file() and not name.startswith("metrics/") and name != "dvc.lock":
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, folder / name)
+    run(folder, sys.executable, "-m", "wmtp.overlay", "presets/tiny.yaml", "--write", "params.yaml")
+    run(folder, "git", "init", "-q", "-b", "main")
+    run(folder, "git", "add", "-A")
+    run(folder, "git", "commit", "-qm", "tiny")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Path:
+    """One whole run, committed; tests that change it copy it or restore what they change."""
+    folder = copied(tmp_path_factory.mktemp("pipeline"))
+    run(folder, "dvc", "repro")
+    run(folder, "git", "add", "-A")
+    run(folder, "git", "commit", "-qm", "results")
+    return folder
+
+
+def stages_run(done: subprocess.CompletedProcess) -> set[str]:
+    return set(re.findall(r"Running stage '([^']+)'", done.stdout + done.stderr))
+
+
+def after(*methods: str) -> set[str]:
+    """The stages that follow a change in the training of these methods."""
+    return {f"{stage}@{method}" for method in methods for stage in ("train", "sample", "evaluate-humaneval-mbpp")} | {"compare"}
+
+
+def restored(folder: Path) -> None:
+    run(folder, "git", "checkout", "-q", "--", ".")
+    run(folder, "dvc", "checkout", "-q")
+
+
+def test_every_stage_ends_and_a_second_run_has_nothing_to_do(finished):
+    assert "up to date" in run(finished, "dvc", "repro").stdout
+    for method in ("start", *METHODS):
+        figures = json.loads((finished / f"metrics/{method}/eval.json").read_text())
+        assert figures["humaneval"]["n_problems"] == figures["mbpp"]["n_problems"] == 8
+    assert json.loads((finished / "metrics/data.json").read_text())["humaneval"]["references_passed"] == 8
+    assert "verifiable" in (finished / "metrics/report/table.md").read_text()
+    assert not list((finished / ".work").glob("*"))
+
+
+def test_methods_are_rows_of_dvc_metrics_show(finished):
+    shown = run(finished, "dvc", "metrics", "show", "--md", *(f"metrics/{method}/eval.json" for method in METHODS)).stdout
+    assert all(f"metrics/{method}/eval.json" in shown for method in METHODS) and "humaneval.pass@1" in shown
+
+
+def test_beta_is_read_by_verifiable_alone(finished):
+    done = run(finished, "dvc", "exp", "run", "-S", "training.beta=0.5")
+    assert {"train@verifiable"} <= stages_run(done) <= after("verifiable")
+    assert yaml.safe_load((finished / "params.yaml").read_text())["training"]["beta"] == 0.5
+    restored(finished)
+
+
+def test_the_learning_rate_is_read_by_the_four_trainings(finished):
+    done = run(finished, "dvc", "exp", "run", "-S", "training.learning_rate=0.002")
+    assert {f"train@{method}" for method in METHODS} <= stages_run(done) <= after(*METHODS)
+    restored(finished)
+
+
+def test_editing_one_method_runs_that_method_again(finished):
+    text = (finished / "params.yaml").read_text()
+    (finished / "params.yaml").write_text(text.replace("keep_fraction: 0.6", "keep_fraction: 0.5"))
+    done = run(finished, "dvc", "repro")
+    assert {"train@rho1"} <= stages_run(done) <= after("rho1")
+    restored(finished)
+
+
+def test_metrics_diff_between_two_methods(finished):
+    shown = run(finished, "launch/diff-methods", "baseline", "ntp").stdout
+    assert "metrics/selected.json" in shown and "training.parameters" in shown
+
+
+def test_plots_are_defined_on_columns_that_exist(finished):
+    run(finished, "dvc", "plots", "show", "-o", "plots")
+    page = (finished / "plots/index.html").read_text()
+    for name in ("loss", "cross-entropy-head-0", "effective-share-of-tokens", "pass-at-1-humaneval"):
+        assert name in page
+
+
+def test_two_seeds_through_the_queue(finished):
+    run(finished, "dvc", "exp", "run", "--queue", "-S", "training.seed=2,3")
+    run(finished, "dvc", "queue", "start", "-j", "1")
+    deadline = time.monotonic() + 600
+    while "Running" in (status := run(finished, "dvc", "queue", "status").stdout) or "Queued" in status:
+        assert time.monotonic() < deadline, status
+        time.sleep(2)
+    assert status.count("Success") == 2, status
+
+
+def test_side_by_side_ends_where_one_after_the_other_does(finished, tmp_path):
+    folder = tmp_path / "parallel"
+    run(ROOT, "git", "clone", "-q", str(finished), str(folder))
+    run(folder, "dvc", "cache", "dir", "--local", str(finished / ".dvc/cache"))
+    run(folder, "dvc", "checkout", "-q", "--allow-missing", check=False)
+    edited = (folder / "params.yaml").read_text().replace("seed: 1 ", "seed: 5 ")
+    for place in (folder, finished):
+        (place / "params.yaml").write_text(edited)
+    run(folder, "launch/train-in-parallel", "baseline", "rho1")
+    run(finished, "dvc", "repro", "--force")
+    assert yaml.safe_load((folder / "dvc.lock").read_text()) == yaml.safe_load((finished / "dvc.lock").read_text())
+    restored(finished)
+
+
+def test_killed_in_the_middle_of_training_it_goes_on(finished):
+    """kill -9 of dvc takes torchrun and its workers along; the next `dvc repro` ends as if nothing had happened."""
+    before = (finished / "dvc.lock").read_text()
+    (finished / "models/baseline/params.json").unlink()
+    started = subprocess.Popen(
+        ["dvc", "repro", "--force", "--single-item", "train@baseline"], cwd=finished, env=environment(), stderr=subprocess.PIPE, text=True
+    )
+    for line in started.stderr:
+        if line.startswith("train-baseline: "):
+            break
+    os.kill(started.pid, signal.SIGKILL)
+    deadline = time.monotonic() + 30
+    while marked := [pid for pid in processes_in(finished) if pid != os.getpid()]:
+        assert time.monotonic() < deadline, f"still alive: {marked}"
+        time.sleep(0.2)
+    run(finished, "dvc", "repro")
+    assert yaml.safe_load((finished / "dvc.lock").read_text()) == yaml.safe_load(before)
+
+
+def processes_in(folder: Path) -> list[int]:
+    found = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            if os.readlink(entry / "cwd") == str(folder) and b"stages.train" in (entry / "cmdline").read_bytes():
+                found.append(int(entry.name))
+        except OSError:
+            continue
+    return found
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "expected"),
+    [
+        ("training.learning_rate", "-1.0", "training.learning_rate: Input should be greater than 0, found -1.0"),
+        ("report.method", "dpo", "report.method 'dpo' is none of methods"),
+        ("source.data.min_operations", "9", "min_operations 9 is above max_operations 3"),
+        ("evaluation.humaneval_protocol", "nonesuch", "unknown protocol 'nonesuch', expected one of"),
+    ],
+)
+def test_a_bad_value_is_one_line(finished, key, value, expected):
+    done = run(finished, "dvc", "exp", "run", "-S", f"{key}={value}", check=False)
+    restored(finished)
+    assert done.returncode != 0
+    assert expected in done.stdout + done.stderr
+    assert "Traceback" not in done.stdout + done.stderr
