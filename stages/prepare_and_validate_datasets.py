@@ -11,7 +11,8 @@ from wmtp.records import write_jsonl, write_text
 
 def work(params: Any, track: Any, raw: str, bundle: str, out: str, report: str) -> dict[str, Any]:
     corpus = raw_data.read_raw(Path(raw))
-    parts = splits.assign(corpus.training, params.data.splits.model_dump(), params.seed, params.data.max_problems)
+    data, easy = params.data, {"warm_up": params.data.warm_up_difficulty}
+    parts = splits.assign(corpus.training, data.splits.model_dump(), params.seed, data.max_problems, easy)
     tokenizer = tokens.Tokenizer(bundle)
     figures: dict[str, Any] = {"dropped": dict(corpus.dropped)}
     counts = {}

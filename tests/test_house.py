@@ -16,9 +16,9 @@ from wmtp.weighting import METHODS
 
 # Rooms by wing, a list a floor, lowest first. An import goes to a strictly lower floor, and never from one wing into the other.
 BOTH = [
-    "records params progress runstore gate",
-    "protocols overlay launch tracking splits",
-    "benchmarks",
+    "records params progress gate",
+    "protocols overlay launch runstore splits",
+    "benchmarks tracking",
 ]
 TRAINING = [
     "align advantage bundle world optim",
@@ -33,7 +33,7 @@ JUDGING = [
     "layouts cases passk namespaces seccomp landlock runtime",
     "problems synthetic zygote compare report",
     "raw_data sandbox",
-    "session",
+    "session hub_data",
     "referee",
     "judge",
     "verdicts",

@@ -28,7 +28,9 @@ def environment() -> dict[str, str]:
 
 def run(folder: Path, *command: str, check: bool = True) -> subprocess.CompletedProcess:
     done = subprocess.run(command, cwd=folder, env=environment(), capture_output=True, text=True)
-    assert not check or done.returncode == 0, f"{' '.join(command)} ended with {done.returncode}:\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+    assert not check or done.returncode == 0, (
+        f"{' '.join(command)} ended with {done.returncode}:\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+    )
     return done
 
 
@@ -189,3 +191,23 @@ def test_a_bad_value_is_one_line(finished, key, value, expected):
     assert done.returncode != 0
     assert expected in done.stdout + done.stderr
     assert "Traceback" not in done.stdout + done.stderr
+
+
+REAL = ROOT.parent / "shared" / "datasets"
+
+
+@pytest.mark.skipif(not REAL.is_dir() and not os.environ.get("CI"), reason="the folder of real files is not beside this repository")
+def test_real_files_go_through_every_stage(finished, tmp_path):
+    assert REAL.is_dir(), f"{REAL} is absent; CI needs it"
+    folder = tmp_path / "real"
+    run(ROOT, "git", "clone", "-q", str(finished), str(folder))
+    run(folder, sys.executable, "-m", "wmtp.overlay", "presets/real-data.yaml", "--write", "params.yaml")
+    text = (folder / "params.yaml").read_text()
+    (folder / "params.yaml").write_text(text.replace("../shared/datasets", str(REAL)))
+    run(folder, "dvc", "repro")
+    data = json.loads((folder / "metrics/data.json").read_text())
+    assert data["humaneval"]["problems"] == data["humaneval"]["references_passed"] == 164
+    assert data["mbpp"]["problems"] == data["mbpp"]["references_passed"] == 500
+    for method in ("start", *METHODS):
+        figures = json.loads((folder / f"metrics/{method}/eval.json").read_text())
+        assert (figures["humaneval"]["n_problems"], figures["mbpp"]["n_problems"]) == (164, 500)

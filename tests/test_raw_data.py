@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from wmtp.raw_data import FOLDERS, copy_folders, one_file, read_raw
+from wmtp.raw_data import FOLDERS, copy_folders, read_raw
 from wmtp.records import RecordError
 
 DATASETS = Path(__file__).parents[2] / "shared" / "datasets"
@@ -57,7 +57,7 @@ def test_mbpp_alone_gives_something_to_train_on(raw):
 @pytest.mark.parametrize("name, stem", [("humaneval", "HumanEval"), ("mbpp", "mbpp")])
 def test_an_absent_benchmark_is_an_error(raw, name, stem):
     shutil.rmtree(raw / name)
-    with pytest.raises(RecordError, match=rf"{name}: neither {stem}\.jsonl nor {stem}\.jsonl\.gz is there"):
+    with pytest.raises(RecordError, match=rf"{name}: expected one of {stem}\.jsonl\.gz and {stem}\.jsonl, found 0"):
         read_raw(raw)
 
 
@@ -88,10 +88,14 @@ def test_dropped_lines_are_counted_by_folder_and_reason(raw):
     assert read_raw(raw).dropped == {"functions: problem: empty statement": 1, "functions: solution: its problem is dropped": 2}
 
 
-@pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz"])
-def test_a_file_may_be_plain_or_compressed(tmp_path, suffix):
-    (tmp_path / f"mbpp{suffix}").touch()
-    assert one_file(tmp_path, "mbpp") == tmp_path / f"mbpp{suffix}"
+def test_a_file_may_be_plain_or_compressed_but_not_both(raw, corpus):
+    plain = raw / "mbpp" / "mbpp.jsonl"
+    packed = plain.with_name("mbpp.jsonl.gz")
+    packed.write_bytes(gzip.compress(plain.read_bytes()))
+    with pytest.raises(RecordError, match=r"mbpp: expected one of mbpp\.jsonl\.gz and mbpp\.jsonl, found 2"):
+        read_raw(raw)
+    plain.unlink()
+    assert read_raw(raw) == corpus
 
 
 def test_copies_the_jsonl_files_of_the_named_folders(raw, tmp_path):

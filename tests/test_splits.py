@@ -10,9 +10,9 @@ from wmtp.splits import SplitError, assign, check_disjoint
 SHARES = {"warm_up": 0.5, "policy": 0.3, "validation": 0.2}
 
 
-def problem(task_id, group="g", statement=None):
-    tests = StdioTests(inputs=["1"], outputs=["1"])
-    return Problem(task_id=task_id, source="codecontests", group=group, statement=statement or f"statement of {task_id}", tests=tests)
+def problem(task_id, group="g", statement=None, difficulty=None):
+    made = {"task_id": task_id, "source": "codecontests", "group": group, "statement": statement or f"statement of {task_id}"}
+    return Problem(**made, tests=StdioTests(inputs=["1"], outputs=["1"]), difficulty=difficulty)
 
 
 def problems(sizes):
@@ -52,6 +52,22 @@ def test_at_most_max_problems_the_first_of_the_whole_split():
     made = problems([1] * 40)
     whole, small = assign(made, SHARES, 1, None), assign(made, SHARES, 1, 5)
     assert {name: part[:5] for name, part in whole.items()} == small
+
+
+def test_harder_problems_are_left_out_of_the_splits_that_have_a_limit_and_of_no_other():
+    made = [problem(f"{i}", f"group {i}", difficulty=(1, 2, 3, None)[i % 4]) for i in range(80)]
+    whole = assign(made, SHARES, 1, None)
+    limited = assign(made, SHARES, 1, None, {"policy": 2, "validation": None})
+    assert limited["policy"] == [p for p in whole["policy"] if p.difficulty in (1, 2)] and len(limited["policy"]) < len(whole["policy"])
+    assert (limited["warm_up"], limited["validation"]) == (whole["warm_up"], whole["validation"])
+    small = assign(made, SHARES, 1, 4, {"policy": 2})
+    assert small["policy"] == limited["policy"][:4], "the limit on difficulty comes before the limit on number"
+
+
+def test_a_split_without_easy_problems_is_an_error():
+    made = [problem(f"{i}", f"group {i}", difficulty=3) for i in range(20)]
+    with pytest.raises(SplitError, match="split policy is empty"):
+        assign(made, SHARES, 1, None, {"policy": 2})
 
 
 def test_a_split_of_share_zero_is_left_out():

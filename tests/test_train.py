@@ -429,7 +429,7 @@ def test_a_start_with_another_tokenizer_is_refused_before_anything_is_trained(mi
     other = tmp_path / "other"
     other.mkdir()
     (other / "tokenizer.model").write_bytes(train_tokenizer(["def f(xs): return xs"] * 50, 280))
-    with pytest.raises(TokenError, match=r"warm_up\.start has another tokenizer"):
+    with pytest.raises(TokenError, match=r"warm_up\.start: tokenizer .*, expected that of the token data"):
         train.tune(view(), "warm_up", "policy", other, micro.processed, tmp_path / "out", ALONE, nothing)
     assert not work.exists() and not (tmp_path / "out").exists()
 

@@ -16,7 +16,8 @@ _SIGKILL = 9
 MAIN_STACK_BYTES = 64 << 20
 MAX_OPEN_FILES = 256
 MAX_PROCESSES = 128
-# From the strongest to the one that always works.
+# From the strongest to the one that always works. What each refuses: the first, all of it; landlock, other files, other processes and the
+# network, but not the metadata of the user's own files; seccomp alone, other processes and the network; rlimits, neither.
 TIERS = NAMESPACES, LANDLOCK, SECCOMP, RLIMITS = "namespaces+seccomp", "landlock+seccomp", "seccomp", "rlimits"
 # What an interpreter needs of the host, beside its own prefix.
 SYSTEM_PATHS = ("/usr", "/bin", "/lib", "/lib32", "/lib64", "/libx32", "/etc/ld.so.cache", "/etc/localtime", "/etc/alternatives")

@@ -11,7 +11,6 @@ from typing import Any
 from wmtp.records import RecordError, atomic_path
 
 PYTHON_3 = 3  # in CodeContests: 1 Python 2, 2 C++, 3 Python 3, 4 Java
-DIFFICULTIES = ("UNKNOWN", "EASY", "MEDIUM", "HARD", "HARDER", "HARDEST", "EXTERNAL")
 MAX_PROGRAMS = 20  # of either label from one problem; some have thousands
 
 
@@ -64,7 +63,7 @@ def codecontests_lines(row: dict[str, Any], number: int) -> tuple[dict[str, Any]
         "name": row["name"],
         "cf_contest_id": row["cf_contest_id"],
         "cf_index": row["cf_index"],
-        "difficulty": str(DIFFICULTIES.index("UNKNOWN") if row["difficulty"] is None else row["difficulty"]),
+        "difficulty": str(row["difficulty"]),
         "tags": list(row["cf_tags"]),
         "instruction": row["description"],
         "test_cases": {"input": [x for t in tests for x in t["input"]], "output": [x for t in tests for x in t["output"]]},

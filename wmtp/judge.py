@@ -150,6 +150,6 @@ def self_check(problems: Sequence[Problem], limits: Limits, workers: int) -> dic
 
 @functools.cache
 def tier() -> str:
-    """The isolation in force on this machine, found by a self-test: `namespaces+seccomp`, or `rlimits` where the kernel denies those."""
+    """The isolation in force on this machine, found by a self-test: the first of confine.TIERS that works."""
     with Sandbox(Limits()) as sandbox:
         return sandbox.tier

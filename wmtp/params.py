@@ -128,6 +128,7 @@ class Data(Section):
     template: Literal["evaluation_notes", "alpaca"]
     max_length: Annotated[int, Field(ge=16)] = Field(description="tokens, prompt and response; longer rows are shortened or dropped")
     splits: Splits
+    warm_up_difficulty: Positive | None = Field(description="the warm-up sees only problems of at most this difficulty; null: all")
     max_problems: Positive | None = Field(description="at most this many problems in each split")
 
 
@@ -183,7 +184,7 @@ class Policy(Section):
 class Training(Tuning):
     start: None = Field(default=None, exclude=True)
     seed: Annotated[int, Field(ge=0)]
-    n_epochs: Annotated[float, Field(gt=0)]
+    n_epochs: Annotated[float, Field(gt=0)] = Field(description="passes over the policy split, fractions allowed")
     beta: Annotated[float, Field(gt=0)] = Field(description="temperature of exp(z / beta)")
     log_every: Positive = Field(description="optimizer steps")
 
@@ -294,9 +295,17 @@ def _short(value: Any) -> str:
     return text if len(text) <= 80 else text[:77] + "..."
 
 
+class _Loader(yaml.SafeLoader):
+    """PyYAML, and as a number also 1e-05: DVC writes small numbers in this form of Python's when it sets them by -S."""
+
+
+_Loader.yaml_implicit_resolvers = {first: list(pairs) for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()}
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?e[-+]\d{2,}$"), list("-+0123456789"))
+
+
 def read_yaml(path: Path) -> dict[str, Any]:
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except FileNotFoundError:
         raise ParameterError(f"{path}: no such file; run from the root of the repository") from None
     except yaml.YAMLError as error:

@@ -171,9 +171,11 @@ def _remove(directory: Path) -> None:
         directory.rmdir()
         return
     except OSError:
-        for path, _, _ in os.walk(directory):
-            if not os.path.islink(path):
-                os.chmod(path, 0o700)
+        os.chmod(directory, 0o700)
+    for path, inner, _ in os.walk(directory):
+        for name in inner:  # before the walk descends; never through a link, which may lead outside
+            if not os.path.islink(os.path.join(path, name)):
+                os.chmod(os.path.join(path, name), 0o700)
     shutil.rmtree(directory)
 
 

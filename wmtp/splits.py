@@ -10,8 +10,17 @@ class SplitError(ValueError):
     """A split that came out empty, or a problem that lies on both sides of a line that must hold."""
 
 
-def assign(problems: Sequence[Problem], shares: Mapping[str, float], seed: int, max_problems: int | None) -> dict[str, list[Problem]]:
-    """Groups in seeded order, cut where the running number of problems passes each share; order within a split is the shuffled one."""
+def assign(
+    problems: Sequence[Problem],
+    shares: Mapping[str, float],
+    seed: int,
+    max_problems: int | None,
+    max_difficulty: Mapping[str, int | None] | None = None,
+) -> dict[str, list[Problem]]:
+    """Groups in seeded order, cut where the running number of problems passes each share; order within a split is the shuffled one.
+
+    `max_difficulty` leaves harder problems, and those of unknown difficulty, out of the splits that it names.
+    """
     groups: dict[str, list[Problem]] = {}
     for problem in problems:
         groups.setdefault(problem.group, []).append(problem)
@@ -24,6 +33,9 @@ def assign(problems: Sequence[Problem], shares: Mapping[str, float], seed: int, 
         place = next((i for i, end in enumerate(ends) if taken < end - 1e-9), len(names) - 1)
         parts[names[place]] += groups[group]
         taken += len(groups[group])
+    for name, limit in (max_difficulty or {}).items():
+        if limit is not None and name in parts:
+            parts[name] = [problem for problem in parts[name] if problem.difficulty is not None and problem.difficulty <= limit]
     for name, part in parts.items():
         if not part:
             raise SplitError(f"split {name} is empty: {len(order)} groups are too few for data.splits.{name} = {shares[name]:g}")

@@ -252,6 +252,7 @@ def attempt(box: Path, alive: Callable[[], bool]) -> bool:
 
 def main(box: Path, stage: int) -> int:
     """The writer of one box, child of the process `stage`; afterwards it takes on the boxes that were left behind."""
+    os.nice(10)  # a training beside it keeps its core
     threading.Thread(target=_end_after, args=(stage,), daemon=True).start()
     delivered = attempt(box, lambda: os.getppid() == stage)
     for other in left_behind(box.parent):

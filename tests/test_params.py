@@ -1,0 +1,146 @@
+"""The schema: every fault is one line that says what, where, expected and found; a stage sees what it declares."""
+
+import copy
+from typing import Any
+
+import pytest
+import yaml
+
+from tests.house import ROOT
+from wmtp.overlay import merged
+from wmtp.params import ParameterError, Params, Section, declared_keys, load, read_yaml, validate
+
+COMMITTED = yaml.safe_load((ROOT / "params.yaml").read_text())
+
+
+def changed(key: str, value: Any) -> dict[str, Any]:
+    values = copy.deepcopy(COMMITTED)
+    section = values
+    *path, last = key.split(".")
+    for part in path:
+        section = section[part]
+    section[last] = value
+    return values
+
+
+def test_the_committed_file_is_valid():
+    assert validate(COMMITTED).training.beta == 0.9
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("training.beta", "1e-1", r"training\.beta: YAML reads 1e-1 as text, expected a number; write 1\.0e-1"),
+        ("training.beta", 0.0, r"training\.beta: Input should be greater than 0, found 0\.0"),
+        ("training.beta", "high", r"training\.beta: .*valid number, found 'high'"),
+        ("training.epochs", 3, r"training\.epochs: unknown key"),
+        ("training.seed", True, r"training\.seed: .*valid integer, found True"),
+        ("run.device", "tpu", r"run\.device: .*'auto', 'cpu', 'cuda' or 'mps', found 'tpu'"),
+        ("data.splits.policy", 0.9, r"data\.splits: .*shares sum to 1\.\d+, expected 1"),
+        ("critic.batch_rows", 15, r"critic: .*batch_rows 15 is odd"),
+        ("report.method", "dpo", r"report\.method 'dpo' is none of methods: ntp, baseline, verifiable, rho1"),
+        ("methods.rho1.keep_fraction", 1.5, r"methods\.rho1.*keep_fraction: Input should be less than or equal to 1, found 1\.5"),
+        ("methods.rho1.beta", 1.5, r"methods\.rho1.*beta: unknown key"),
+        ("methods.rho1.weighting", "magic", r"methods\.rho1: Input tag 'magic' found"),
+        ("source.data.kind", "ftp", r"source\.data: Input tag 'ftp' found"),
+        ("evaluation.top_p", 0, r"evaluation\.top_p: Input should be greater than 0, found 0"),
+        ("methods", "ntp", r"methods: Input should be a valid dictionary, found 'ntp'"),
+    ],
+)
+def test_a_bad_value_is_one_line(key, value, message):
+    with pytest.raises(ParameterError, match=message) as caught:
+        validate(changed(key, value))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("key", ["seed", "training.beta", "source.checkpoint.kind", "methods.verifiable.lam"])
+def test_a_missing_key_is_named(key):
+    values = copy.deepcopy(COMMITTED)
+    section = values
+    *path, last = key.split(".")
+    for part in path:
+        section = section[part]
+    del section[last]
+    with pytest.raises(ParameterError, match="missing|Unable to extract tag"):
+        validate(values)
+
+
+@pytest.mark.parametrize("preset", sorted((ROOT / "presets").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_preset_fits_the_schema(preset):
+    assert validate(merged(COMMITTED, yaml.safe_load(preset.read_text())), str(preset))
+
+
+def test_files_that_cannot_be_read(tmp_path):
+    with pytest.raises(ParameterError, match="no such file; run from the root"):
+        load(tmp_path)
+    (tmp_path / "params.yaml").write_text("a: [1, 2\nb: 3")
+    with pytest.raises(ParameterError, match="not valid YAML") as caught:
+        read_yaml(tmp_path / "params.yaml")
+    assert "\n" not in str(caught.value)
+    (tmp_path / "params.yaml").write_text("- 1\n")
+    with pytest.raises(ParameterError, match="expected a mapping of sections, found list"):
+        read_yaml(tmp_path / "params.yaml")
+
+
+def test_numbers_as_dvc_writes_them_and_as_yaml_reads_them_not(tmp_path):
+    text = (ROOT / "params.yaml").read_text()
+    (tmp_path / "params.yaml").write_text(text.replace("beta: 0.9 ", "beta: 1e-05 "))
+    assert load(tmp_path).training.beta == 1e-5
+    (tmp_path / "params.yaml").write_text(text.replace("beta: 0.9 ", "beta: 1e-5 "))
+    with pytest.raises(ParameterError, match=r"training\.beta: YAML reads 1e-5 as text, expected a number; write 1\.0e-5"):
+        load(tmp_path)
+
+
+def test_declared_keys_fill_in_the_instance():
+    pipeline = {"stages": {"train": {"foreach": {"a": {"beta": "t.beta"}}, "do": {"params": ["m.${key}", "${item.beta}", "seed"]}}}}
+    assert declared_keys("train@a", pipeline) == ["m.a", "t.beta", "seed"]
+    with pytest.raises(ParameterError, match="no stage tune"):
+        declared_keys("tune", pipeline)
+
+
+def test_the_view_follows_the_running_stage(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("DVC_STAGE", "compare")
+    view = load()
+    assert view.report.method == COMMITTED["report"]["method"] and view.log_level == COMMITTED["log_level"]
+    with pytest.raises(ParameterError, match="stage compare reads seed"):
+        _ = view.seed
+
+
+def fields(section: type[Section]) -> list[tuple[str, Any]]:
+    return list(section.model_fields.items())
+
+
+def test_numbers_say_their_unit_or_are_told_by_their_name():
+    """A number without a description is one whose name is the field's standard term."""
+    plain = {"dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "multiple_of", "max_megabytes", "seed", "betas", "eps"}
+    plain |= {
+        "weight_decay",
+        "learning_rate",
+        "gamma",
+        "lam",
+        "min_operations",
+        "max_operations",
+        "warm_up",
+        "policy",
+        "reference",
+        "critic",
+    }
+    plain |= {
+        "beta",
+        "top_p",
+        "temperature",
+        "cpu_seconds",
+        "wall_seconds",
+        "memory_mb",
+        "ks",
+        "z_clip",
+        "weight_clip_min",
+        "weight_clip_max",
+    }
+    plain |= {"kind", "weighting", "loss", "start", "enabled", "tags", "template", "splits", "gate", "device", "dtype", "parallel", "path"}
+    plain |= {"humaneval", "mbpp", "humaneval_protocol", "mbpp_protocol", "checkpoint", "data"}
+    sections = [section for section in Section.__subclasses__() if section is not Params]
+    sections += [deeper for section in sections for deeper in section.__subclasses__()]
+    bare = [f"{section.__name__}.{name}" for section in sections for name, field in fields(section) if not field.description]
+    assert not [name for name in bare if name.split(".")[1] not in plain]
