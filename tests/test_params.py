@@ -61,7 +61,7 @@ def test_a_missing_key_is_named(key):
     for part in path:
         section = section[part]
     del section[last]
-    with pytest.raises(ParameterError, match="missing|Unable to extract tag"):
+    with pytest.raises(ParameterError, match=r"missing|Unable to extract tag"):
         validate(values)
 
 

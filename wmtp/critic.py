@@ -1,6 +1,9 @@
 """The critic: V(x[0..i]) = probability that the program begun by this prefix passes its tests (METHODS, "Critic").
 
-A value head on the normed hidden state of its own network, which learns with it: a head on a frozen small trunk learns nothing.
+A token-level verifier (Cobbe et al. 2021, 2110.14168): its network starts from the base, learns values from correct and incorrect
+programs and goes on learning language from the correct ones. Its value head reads the normed hidden state and the running surprise,
+the sum of -log p of the response's tokens so far under the critic's own next-token head: a state that has read a token cannot compare
+it with what the last block predicted one position earlier, so without that number the comparison would have to be learned anew below.
 """
 
 import hashlib
@@ -17,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from wmtp.advantage import gae
+from wmtp.align import future_targets
 from wmtp.batches import Batch
 from wmtp.bundle import atomic_directory, bundle_sha256, write_bundle
 from wmtp.model import Transformer, load_bundle
@@ -26,21 +30,27 @@ __all__ = ["Critic", "ValueObjective", "critic_sha256", "gae", "load_critic", "o
 
 
 class Critic(nn.Module):
-    """A next-token trunk and a value head; the trunk's vocabulary output is unused and frozen."""
+    """A next-token model and a value head of D + 1 inputs."""
 
     def __init__(self, trunk: Transformer):
         super().__init__()
         self.trunk = trunk
-        self.value = nn.Linear(trunk.args.dim, 1, dtype=trunk.norm.weight.dtype)
+        self.value = nn.Linear(trunk.args.dim + 1, 1, dtype=trunk.norm.weight.dtype, device=trunk.norm.weight.device)
         nn.init.zeros_(self.value.weight)
         nn.init.zeros_(self.value.bias)
-        trunk.output.requires_grad_(False)
 
-    def forward(self, tokens_BT: Tensor, first: int = 0) -> Tensor:
-        """Value logits [B, T] float32 by state, 0 before position `first`; the probability is their sigmoid."""
-        logit_BT = self.value(self.trunk.hidden(tokens_BT, n_future=1, first=first)[0]).squeeze(-1)
+    def forward(self, tokens_BT: Tensor, response_BT: Tensor, first: int = 0) -> tuple[Tensor, Tensor]:
+        """Value logits by state and next-token loss in nats by position, each [B, T], at least float32, 0 before `first`.
+
+        The probability is the logit's sigmoid. No gradient of the value flows through the surprise: the language model must not learn
+        to be surprised.
+        """
+        hidden_BTD = self.trunk.hidden(tokens_BT, n_future=1, first=first)[0]
+        ce_BT = self.trunk.cross_entropy(hidden_BTD, future_targets(tokens_BT, response_BT, 1)[:, first:, 0])
+        surprise_BT1 = functional.pad(ce_BT.detach()[:, :-1], (1, 0)).cumsum(1).unsqueeze(-1)
+        logit_BT = self.value(torch.cat([hidden_BTD, surprise_BT1.to(hidden_BTD.dtype)], -1)).squeeze(-1)
         logit_BT = logit_BT if logit_BT.dtype == torch.float64 else logit_BT.float()
-        return functional.pad(logit_BT, (first, 0))
+        return functional.pad(logit_BT, (first, 0)), functional.pad(ce_BT, (first, 0))
 
 
 def load_critic(path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> Critic:
@@ -89,11 +99,15 @@ def pairs(data: TokenData) -> np.ndarray:
 
 @dataclass(frozen=True)
 class ValueObjective:
-    """Regression of the return on every state P-1..L-1; a mean per sequence, then over the step's sequences."""
+    """Regression of the return on every state P-1..L-1, and `lm_coef` times the next-token loss of the correct rows.
+
+    Each is a mean per sequence, then over the step's sequences, so that long programs do not dominate.
+    """
 
     kind: str
-    gamma: float
-    lam: float
+    gamma: float = 1.0
+    lam: float = 1.0
+    lm_coef: float = 0.0
 
     def prepare(self, step: Batch) -> Batch:
         return step
@@ -102,22 +116,23 @@ class ValueObjective:
         return float(len(step.row_B))
 
     def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        logit_BT = model(batch.tokens_BT, first=max(0, batch.shortest_prompt - 1))
+        logit_BT, ce_BT = model(batch.tokens_BT, batch.response_BT, first=max(0, batch.shortest_prompt - 1))
         value_BT = torch.sigmoid(logit_BT)
         reward_B = batch.is_correct_B.to(value_BT.dtype)
         _, target_BT = gae(value_BT.detach(), reward_B, batch.response_BT, self.gamma, self.lam)
         state_BT = functional.pad(batch.response_BT[:, 1:], (0, 1), value=False)
-        loss_BT = self._losses(logit_BT, value_BT, target_BT.clamp(0, 1)) * state_BT
         n_B = state_BT.sum(1).clamp(min=1)
-        per_sequence_B = loss_BT.sum(1) / n_B
+        value_loss_B = (self._losses(logit_BT, value_BT, target_BT.clamp(0, 1)) * state_BT).sum(1) / n_B
+        language_loss_B = ce_BT.sum(1) / n_B * reward_B
         brier_B = ((value_BT.detach() - reward_B[:, None]).square() * state_BT).sum(1) / n_B
         real_B = (batch.row_B >= 0).double()
-        return per_sequence_B.sum(), {
-            "n": real_B.sum(), "loss": per_sequence_B.detach().double().sum(), "brier": (brier_B.double() * real_B).sum()
-        }  # fmt: skip
+        sums = {"n": real_B, "n_correct": real_B * reward_B, "loss": value_loss_B, "language": language_loss_B, "brier": brier_B * real_B}
+        total = (value_loss_B + self.lm_coef * language_loss_B).sum()
+        return total, {name: part.detach().double().sum() for name, part in sums.items()}
 
     def summary(self, sums: Mapping[str, Tensor]) -> dict[str, float]:
-        return {"loss": float(sums["loss"] / sums["n"]), "brier": float(sums["brier"] / sums["n"])}
+        language = float(sums["language"] / sums["n_correct"].clamp(min=1))
+        return {"loss": float(sums["loss"] / sums["n"]), "brier": float(sums["brier"] / sums["n"]), "ce": language}
 
     def _losses(self, logit_BT: Tensor, value_BT: Tensor, target_BT: Tensor) -> Tensor:
         if self.kind == "bce":
@@ -128,4 +143,4 @@ class ValueObjective:
 
 
 def objective(settings: Any) -> ValueObjective:
-    return ValueObjective(settings.loss, settings.gamma, settings.lam)
+    return ValueObjective(settings.loss, settings.gamma, settings.lam, settings.lm_coef)

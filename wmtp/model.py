@@ -173,7 +173,7 @@ class Transformer(nn.Module):
             return torch.stack([self.output(x_BTD) for x_BTD in hidden], dim=2)
         if targets_BTF.shape != (*tokens_BT.shape, len(hidden)):
             raise ValueError(f"targets: expected shape {(*tokens_BT.shape, len(hidden))}, found {tuple(targets_BTF.shape)}")
-        ce = torch.stack([self._cross_entropy(x_BTD, targets_BTF[:, first:, h]) for h, x_BTD in enumerate(hidden)], dim=2)
+        ce = torch.stack([self.cross_entropy(x_BTD, targets_BTF[:, first:, h]) for h, x_BTD in enumerate(hidden)], dim=2)
         return functional.pad(ce, (0, 0, first, 0))
 
     def hidden(
@@ -208,8 +208,8 @@ class Transformer(nn.Module):
             self._rotary = table = rotary_table(max(length, 256), self.args.head_dim, self.args.rope_theta, dtype, weight.device)
         return table
 
-    def _cross_entropy(self, x_BTD: Tensor, target_BT: Tensor) -> Tensor:
-        """Per-token loss [B, T] of one head; the vocabulary is computed only where there is a target."""
+    def cross_entropy(self, x_BTD: Tensor, target_BT: Tensor) -> Tensor:
+        """Loss [B, T] in nats of one head from its normed output; the vocabulary is computed only where there is a target."""
         valid_BT = target_BT != IGNORE
         logits = self.output(x_BTD[valid_BT])
         ce = functional.cross_entropy(logits if logits.dtype == torch.float64 else logits.float(), target_BT[valid_BT], reduction="none")

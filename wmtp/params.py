@@ -168,6 +168,7 @@ class Critic(Tuning):
     loss: Literal["bce", "mse", "huber"]
     gamma: Annotated[float, Field(gt=0, le=1)]
     lam: Fraction
+    lm_coef: Annotated[float, Field(ge=0)] = Field(description="weight of the next-token loss on correct programs beside the value loss")
     gate: Gate
 
     @model_validator(mode="after")

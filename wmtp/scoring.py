@@ -29,7 +29,7 @@ def reference_loss(model: Transformer) -> Callable[[Batch], Tensor]:
 
 def critic_value(critic: Critic) -> Callable[[Batch], Tensor]:
     """V(x[0..i]) [B, T] by STATE, as a probability."""
-    return lambda batch: torch.sigmoid(critic(batch.tokens_BT))
+    return lambda batch: torch.sigmoid(critic(batch.tokens_BT, batch.response_BT)[0])
 
 
 @torch.no_grad()
