@@ -37,6 +37,10 @@ def small_critic(dtype=torch.float64, n_heads=1):
     return critic
 
 
+def logits_of(critic, step):
+    return critic(step.tokens_BT, step.response_BT)[0]
+
+
 def whole_step(spans=SPANS, seed=0):
     random, position = torch.Generator().manual_seed(seed), torch.arange(T)
     response = torch.stack([(position >= first) & (position <= last) for first, last in spans])
@@ -79,7 +83,7 @@ def test_loss_equals_the_loops(kind, gamma, lam):
     """A mean over the states P-1..L-1 of each program, then over the programs: long ones do not dominate."""
     critic, step = small_critic(), whole_step()
     with torch.no_grad():
-        logits = critic(step.tokens_BT)
+        logits = logits_of(critic, step)
     rows = []
     for b, (P, L) in enumerate(SPANS):
         v = torch.sigmoid(logits[b]).tolist()
@@ -97,8 +101,8 @@ class Logits(nn.Module):
         super().__init__()
         self.logit_BT = nn.Parameter(torch.randn(shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64))
 
-    def forward(self, tokens_BT, **_):
-        return self.logit_BT
+    def forward(self, tokens_BT, response_BT, **_):
+        return self.logit_BT, torch.zeros_like(self.logit_BT)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -173,7 +177,7 @@ def test_the_summary_is_a_mean_over_programs():
     critic, step, work = small_critic(), whole_step(), ValueObjective("mse", 1.0, 1.0)
     loss, _, sums = train(critic, work, step, 40, 3)
     with torch.no_grad():
-        v = torch.sigmoid(critic(step.tokens_BT))
+        v = torch.sigmoid(logits_of(critic, step))
     brier = [float(((v[b, P - 1 : L] - float(step.is_correct_B[b])) ** 2).mean()) for b, (P, L) in enumerate(SPANS)]
     figures = work.summary(sums)
     assert figures["loss"] == pytest.approx(loss, rel=1e-9)
@@ -182,7 +186,35 @@ def test_the_summary_is_a_mean_over_programs():
 
 
 def test_the_objective_comes_from_its_section():
-    assert objective(SimpleNamespace(loss="huber", gamma=0.9, lam=0.8)) == ValueObjective("huber", 0.9, 0.8)
+    assert objective(SimpleNamespace(loss="huber", gamma=0.9, lam=0.8, lm_coef=0.5)) == ValueObjective("huber", 0.9, 0.8, 0.5)
+
+
+def test_the_language_loss_is_that_of_the_correct_programs_a_mean_each():
+    critic, step = small_critic(), whole_step()
+    plain, both = (train(critic, ValueObjective("bce", lm_coef=coef), step, 40) for coef in (0.0, 0.7))
+    with torch.no_grad():
+        logits = critic.trunk(step.tokens_BT)[:, :, 0]
+    rows = []
+    for b, (P, L) in enumerate(SPANS):
+        nll = [-float(torch.log_softmax(logits[b, i - 1], -1)[step.tokens_BT[b, i]]) for i in range(P, L + 1)]
+        rows.append(float(step.is_correct_B[b]) * math.fsum(nll) / len(nll))
+    assert both[0] - plain[0] == pytest.approx(0.7 * math.fsum(rows) / len(rows), rel=1e-9)
+    assert ValueObjective("bce").summary(both[2])["ce"] == pytest.approx(math.fsum(rows) / int(step.is_correct_B.sum()), rel=1e-9)
+
+
+def test_a_value_reads_the_running_surprise_of_the_response_and_no_gradient_comes_back_through_it():
+    critic, step = small_critic(), whole_step()
+    with torch.no_grad():
+        critic.value.weight.zero_()
+        critic.value.weight[0, -1] = 1.0
+        critic.value.bias.zero_()
+    logits = logits_of(critic, step)
+    nll = torch.nn.functional.cross_entropy(critic.trunk(step.tokens_BT)[:, :-1, 0].transpose(1, 2), step.tokens_BT[:, 1:], reduction="none")
+    for b, (P, L) in enumerate(SPANS):
+        surprise = [float(nll[b, P - 1 : i].detach().sum()) for i in range(P - 1, L)]
+        assert logits[b, P - 1 : L].tolist() == pytest.approx([0.0, *surprise[1:]], abs=1e-12)
+    logits.sum().backward()
+    assert all(p.grad is None or not p.grad.any() for p in critic.trunk.parameters())
 
 
 # --- the network -------------------------------------------------------------------------------------------------------------------
@@ -190,31 +222,32 @@ def test_the_objective_comes_from_its_section():
 
 def test_an_untrained_critic_gives_every_prefix_one_half():
     critic = Critic(small_critic().trunk)
-    assert torch.equal(torch.sigmoid(critic(whole_step().tokens_BT)), torch.full((len(SPANS), T), 0.5, dtype=torch.float64))
+    assert torch.equal(torch.sigmoid(logits_of(critic, whole_step())), torch.full((len(SPANS), T), 0.5, dtype=torch.float64))
 
 
 @pytest.mark.parametrize(
     "given_dtype, dtype", [(torch.bfloat16, torch.float32), (torch.float32, torch.float32), (torch.float64, torch.float64)]
 )
 def test_value_logits_are_at_least_float32(given_dtype, dtype):
-    assert small_critic(given_dtype)(whole_step().tokens_BT).dtype == dtype
+    assert logits_of(small_critic(given_dtype), whole_step()).dtype == dtype
 
 
 def test_a_value_reads_its_own_prefix_alone():
-    critic, tokens = small_critic(), whole_step().tokens_BT[:1].clone()
+    critic, step = small_critic(), whole_step()
+    tokens, response = step.tokens_BT[:1].clone(), step.response_BT[:1]
     with torch.no_grad():
-        before = critic(tokens)
+        before = critic(tokens, response)[0]
         tokens[0, 8] = tokens[0, 8] % (VOCABULARY - 1) + 1
-        after = critic(tokens)
+        after = critic(tokens, response)[0]
     assert torch.equal(after[0, :8], before[0, :8]) and (after[0, 8:] != before[0, 8:]).all()
 
 
-def test_the_trunk_learns_and_its_vocabulary_output_does_not():
+def test_the_value_loss_trains_the_trunk_and_the_language_loss_its_output_too():
     critic = small_critic()
-    gradients = train(critic, ValueObjective("bce", 1.0, 1.0), whole_step())[1]
-    trunk = {name for name, _ in critic.named_parameters() if name.startswith("trunk.") and name != "trunk.output.weight"}
-    assert gradients.keys() == trunk | {"value.weight", "value.bias"}
-    assert all(float(gradient.abs().max()) > 0 for gradient in gradients.values())
+    plain, both = (train(critic, ValueObjective("bce", lm_coef=coef), whole_step())[1] for coef in (0.0, 1.0))
+    assert plain.keys() == both.keys() == {name for name, _ in critic.named_parameters()}
+    assert {name for name, gradient in plain.items() if not gradient.any()} == {"trunk.output.weight"}
+    assert all(gradient.any() for gradient in both.values())
 
 
 @pytest.mark.slow
@@ -229,7 +262,7 @@ def test_a_critic_learns_to_tell_programs_apart():
         optimizer.step()
     assert last < 0.75 * first
     with torch.no_grad():
-        v = torch.sigmoid(critic(step.tokens_BT))
+        v = torch.sigmoid(logits_of(critic, step))
     assert float(v[step.is_correct_B, 11].min()) > 0.9 and float(v[~step.is_correct_B, 11].max()) < 0.1
 
 
@@ -246,7 +279,7 @@ def saved(tmp_path):
 def test_a_saved_critic_comes_back_with_the_same_values(saved):
     critic, path = saved
     with torch.no_grad():
-        assert torch.equal(load_critic(path)(whole_step().tokens_BT), critic(whole_step().tokens_BT))
+        assert torch.equal(logits_of(load_critic(path), whole_step()), logits_of(critic, whole_step()))
 
 
 def test_the_identity_of_a_critic_follows_its_head(saved):
@@ -261,7 +294,7 @@ def test_the_identity_of_a_critic_follows_its_head(saved):
 def test_a_value_head_of_another_shape_or_name_is_refused(saved, change):
     _, path = saved
     save_file({**load_file(path / "value_head.safetensors"), **change}, path / "value_head.safetensors")
-    with pytest.raises(ValueError, match=r"value_head.safetensors: expected weight \(1, 16\) and bias \(1,\), found"):
+    with pytest.raises(ValueError, match=r"value_head.safetensors: expected \{'weight': \(1, 17\), 'bias': \(1,\)\}, found"):
         load_critic(path)
 
 

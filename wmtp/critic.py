@@ -29,6 +29,9 @@ from wmtp.tokens import TokenData
 __all__ = ["Critic", "ValueObjective", "critic_sha256", "gae", "load_critic", "objective", "pairs", "save_critic"]
 
 
+LENGTH_BIN = 0.25  # of the longer program's tokens, prompt included
+
+
 class Critic(nn.Module):
     """A next-token model and a value head of D + 1 inputs."""
 
@@ -56,10 +59,10 @@ class Critic(nn.Module):
 def load_critic(path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> Critic:
     """A trained critic: the bundle `path`/trunk and the value head beside it, every key used or an error."""
     critic = Critic(load_bundle(Path(path) / "trunk", n_future=1, dtype=dtype, device=device)).to(device)
-    head = load_file(Path(path) / "value_head.safetensors")
-    if set(head) != {"weight", "bias"} or head["weight"].shape != critic.value.weight.shape:
-        shapes = {name: tuple(tensor.shape) for name, tensor in head.items()}
-        raise ValueError(f"{path}/value_head.safetensors: expected weight {tuple(critic.value.weight.shape)} and bias (1,), found {shapes}")
+    head, file = load_file(Path(path) / "value_head.safetensors"), f"{path}/value_head.safetensors"
+    found, expected = ({name: tuple(tensor.shape) for name, tensor in state.items()} for state in (head, critic.value.state_dict()))
+    if found != expected:
+        raise ValueError(f"{file}: expected {expected}, found {found}; run critic-pretrain again (dvc repro)")
     critic.value.load_state_dict({name: tensor.to(critic.value.weight.dtype) for name, tensor in head.items()})
     return critic
 
@@ -88,13 +91,22 @@ def pairs(data: TokenData) -> np.ndarray:
 
     So V(prompt) = 1/2 by construction, and neither the problem nor the length is a shortcut.
     """
-    found = []
-    for problem in data.problems:
-        right, wrong = (sorted(problem[kind], key=lambda row: (data.lengths[row], row)) for kind in ("correct", "incorrect"))
-        found += list(zip(right, wrong))
+    found = [pair for problem in data.problems for pair in _like_length(problem["correct"], problem["incorrect"], data.lengths)]
     if not found:
-        raise ValueError(f"{data.path}: no problem has both a correct and an incorrect program; the critic cannot learn from it")
+        raise ValueError(f"{data.path}: no problem has both a correct and an incorrect program of like length; the critic cannot learn from it")
     return np.array(found)
+
+
+def _like_length(right: list[int], wrong: list[int], lengths: np.ndarray) -> list[tuple[int, int]]:
+    """Pairs of one problem, nearest lengths first; lengths further apart than LENGTH_BIN make no pair."""
+    near = [(abs(int(lengths[r]) - int(lengths[w])), r, w) for r in right for w in wrong]
+    chosen: dict[int, int] = {}
+    taken: set[int] = set()
+    for distance, r, w in sorted(near):
+        if r not in chosen and w not in taken and distance <= LENGTH_BIN * max(lengths[r], lengths[w]):
+            chosen[r] = w
+            taken.add(w)
+    return sorted(chosen.items())
 
 
 @dataclass(frozen=True)
