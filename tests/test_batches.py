@@ -119,6 +119,7 @@ def test_shares_cover_all_rows_once_within_the_budget(n, size, budget, seed):
     for batch in real:
         assert batch.tokens_BT.shape[1] == data.lengths[batch.row_B].max(), "cut to its own longest row"
         assert batch.tokens_BT.numel() <= budget or len(batch.row_B) == 1
+        assert batch.shortest_prompt == data.response_start[batch.row_B].min()
     counts = [sum(len(batch.row_B) for batch in batches if batch.row_B.tolist() != [-1]) for batches in shares]
     assert max(counts) - min(counts) <= 1
 
@@ -163,10 +164,10 @@ def test_filler_rows_have_no_loss_no_gradient_and_no_count(name):
 def test_filler_rows_have_no_value_loss():
     critic = Critic(random_model())
     _, (batch,) = fillers()
-    loss, sums = ValueObjective("bce", 1.0, 1.0).loss(critic, batch)
+    loss, sums = ValueObjective("bce", lm_coef=0.5).loss(critic, batch)
     loss.backward()
     assert loss.item() == 0 and all(not value.any() for value in sums.values())
-    trained = {name: p.grad for name, p in critic.named_parameters() if p.requires_grad and "extra_heads" not in name}
+    trained = {name: p.grad for name, p in critic.named_parameters() if "extra_heads" not in name}
     assert all(gradient is not None and not gradient.any() for gradient in trained.values())
 
 

@@ -209,7 +209,9 @@ def test_a_value_reads_the_running_surprise_of_the_response_and_no_gradient_come
         critic.value.weight[0, -1] = 1.0
         critic.value.bias.zero_()
     logits = logits_of(critic, step)
-    nll = torch.nn.functional.cross_entropy(critic.trunk(step.tokens_BT)[:, :-1, 0].transpose(1, 2), step.tokens_BT[:, 1:], reduction="none")
+    nll = torch.nn.functional.cross_entropy(
+        critic.trunk(step.tokens_BT)[:, :-1, 0].transpose(1, 2), step.tokens_BT[:, 1:], reduction="none"
+    )
     for b, (P, L) in enumerate(SPANS):
         surprise = [float(nll[b, P - 1 : i].detach().sum()) for i in range(P - 1, L)]
         assert logits[b, P - 1 : L].tolist() == pytest.approx([0.0, *surprise[1:]], abs=1e-12)
@@ -230,6 +232,21 @@ def test_an_untrained_critic_gives_every_prefix_one_half():
 )
 def test_value_logits_are_at_least_float32(given_dtype, dtype):
     assert logits_of(small_critic(given_dtype), whole_step()).dtype == dtype
+
+
+def test_values_of_a_half_precision_critic_keep_the_digits_that_differences_need():
+    """bfloat16 has steps of 0.004 below 1 and of a whole nat above 128: a third of the differences between values would be 0."""
+    critic, step = small_critic(torch.bfloat16), whole_step()
+    with torch.no_grad():
+        hidden = critic.trunk.hidden(step.tokens_BT, n_future=1)[0].double()
+        log_p = torch.log_softmax(critic.trunk(step.tokens_BT)[:, :, 0].double(), dim=-1)
+        found, weight, bias = logits_of(critic, step), critic.value.weight.double(), float(critic.value.bias)
+    for b, (P, L) in enumerate(SPANS):
+        surprise = 0.0
+        for i in range(P - 1, L):
+            surprise -= float(log_p[b, i - 1, step.tokens_BT[b, i]]) if i >= P else 0.0
+            expected = float(hidden[b, i] @ weight[0, :-1]) + float(weight[0, -1]) * surprise + bias
+            assert float(found[b, i]) == pytest.approx(expected, rel=1e-4, abs=1e-4)
 
 
 def test_a_value_reads_its_own_prefix_alone():

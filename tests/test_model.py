@@ -193,6 +193,18 @@ def test_fewer_heads_neither_run_nor_matter():
     assert [hidden.shape for hidden in model.hidden(tokens_BT, n_future=1)] == [(2, 6, 24)]
 
 
+@pytest.mark.parametrize("first", [1, 4, 6])
+def test_positions_before_the_first_target_are_read_but_not_computed(first):
+    model, tokens_BT, targets = random_model(), random_tokens(GROUPED, 2, 7), random_targets(GROUPED, 2, 7)
+    torch.testing.assert_close(model(tokens_BT, first=first), model(tokens_BT)[:, first:], rtol=1e-10, atol=1e-10)
+    assert [hidden.shape for hidden in model.hidden(tokens_BT, first=first)] == [(2, 7 - first, 24)] * 3
+    targets[:, :first] = IGNORE
+    cut, whole = model(tokens_BT, targets, first=first), model(tokens_BT, targets)
+    torch.testing.assert_close(cut, whole, rtol=1e-10, atol=1e-10)
+    gradients = [torch.autograd.grad(loss.sum(), list(model.parameters())) for loss in (cut, whole)]
+    torch.testing.assert_close(*gradients, rtol=1e-9, atol=1e-11)
+
+
 def test_a_model_that_was_used_in_inference_mode_can_be_trained():
     """The rotary table is kept between calls, and an inference tensor cannot be saved for backward."""
     model, tokens_BT, targets = random_model(), random_tokens(GROUPED, 2, 6), random_targets(GROUPED, 2, 6)

@@ -145,8 +145,9 @@ def test_critic_values_belong_to_the_state_that_has_read_their_token(data, refer
     critic.value.weight.normal_(generator=torch.Generator().manual_seed(0))
     (values,) = score_rows(critic_value(critic), data, np.array([3]), ALONE, 10_000)
     ids = torch.from_numpy(data.input_ids([3])[0]).long()
-    for i in (0, 5, len(ids) - 1):
-        alone = torch.sigmoid(critic(ids[None, : i + 1]))[0, -1]
+    response = torch.arange(len(ids))[None] >= data.response_start[3]
+    for i in (0, 5, int(data.response_start[3]), len(ids) - 1):
+        alone = torch.sigmoid(critic(ids[None, : i + 1], response[:, : i + 1])[0])[0, -1]
         assert float(values[i]) == pytest.approx(float(alone), rel=1e-5)
 
 

@@ -131,9 +131,8 @@ def test_micro_batches_change_nothing_for_the_critic(micro, data):
     for budget in (10**6, 1):
         critic = Critic(start_model(micro.bundle, n_future=1))
         torch.nn.init.normal_(critic.value.weight, generator=torch.Generator().manual_seed(0))
-        found.append(gradient(critic, ValueObjective("bce", 1.0, 1.0), collate(data, rows), budget=budget))
-    assert "trunk.output.weight" not in found[0]
-    assert_equal_gradients(found[1], found[0], 1e-6)
+        found.append(gradient(critic, ValueObjective("bce", lm_coef=0.5), collate(data, rows), budget=budget))
+    assert_equal_gradients(found[1], found[0], 1e-10)
 
 
 def test_ntp_is_head_zero_alone(micro, data):
@@ -176,8 +175,9 @@ def test_learning_rate_is_half_way_down_in_the_middle():
     assert learning_rate(60, 101, 1.0, 0.2, 0.0) == pytest.approx(0.5, abs=0.02)
 
 
-def test_matrices_decay_and_norms_do_not(micro):
+def test_matrices_decay_norms_do_not_and_what_is_frozen_is_left_out(micro):
     critic = Critic(start_model(micro.bundle, n_future=1))
+    critic.trunk.output.requires_grad_(False)
     optimizer = build_optimizer(critic, OPTIMIZER)
     decays = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
     expected = {id(p): 0.1 if p.ndim == 2 else 0.0 for name, p in critic.named_parameters() if name != "trunk.output.weight"}
@@ -536,7 +536,7 @@ def on_two_ranks(bundle, processed, raw, out):
 def critic_gradient(bundle, data, world, parallel):
     critic = Critic(start_model(bundle, n_future=1))
     torch.nn.init.normal_(critic.value.weight, generator=torch.Generator().manual_seed(0))
-    return gradient(critic, ValueObjective("bce", 1.0, 1.0), collate(data, np.arange(7)), world, 300, parallel)
+    return gradient(critic, ValueObjective("bce", lm_coef=0.5), collate(data, np.arange(7)), world, 300, parallel)
 
 
 def resumed_on_ranks(bundle, data, world, parallel, scratch):
@@ -599,7 +599,7 @@ def test_two_ranks_take_the_gradient_of_one(ranks, micro, data, name, dtype, par
 def test_two_ranks_take_the_critics_gradient_of_one(ranks, micro, data, parallel):
     expected = critic_gradient(micro.bundle, data, ALONE, parallel)
     for found in ranks:
-        assert_equal_gradients(found["critic", parallel], expected, 1e-6)
+        assert_equal_gradients(found["critic", parallel], expected, 1e-10)
 
 
 @pytest.mark.slow

@@ -82,7 +82,7 @@ def test_projection_is_idempotent_order_preserving_and_blind_to_scale(log_u, bou
 
 
 @pytest.mark.parametrize("bounds", BOUNDS)
-@pytest.mark.parametrize("value", [0.0, 1e-250, 1e-12, 1.0, 3.7, 1e12, 1e250])
+@pytest.mark.parametrize("value", [0.0, 1e-250, 3.7, 1e250])
 def test_equal_inputs_give_ones(bounds, value):
     close(project([value] * 7, *bounds), [1.0] * 7, 1e-12)
     close(project([value], *bounds), [1.0], 1e-12)

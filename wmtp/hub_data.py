@@ -28,11 +28,10 @@ def download(out: Path, *, codecontests: str, humaneval: str, mbpp: str, max_pro
 
 def rows(name: str, part: str) -> Iterator[dict[str, Any]]:
     from datasets import load_dataset
-    from datasets.exceptions import DatasetNotFoundError
 
     try:
         yield from load_dataset(name, split=part, streaming=True)
-    except DatasetNotFoundError as error:
+    except (FileNotFoundError, ConnectionError) as error:
         raise RecordError(f"data set {name}: {' '.join(str(error).split())}; check the id, the network and HF_TOKEN") from None
 
 
