@@ -21,23 +21,26 @@ def work(params: Any, track: Any, start: str, processed: str, out: str, log: str
         data, held_out = TokenData(processed, "critic"), TokenData(processed, "validation")
         check_same_tokenizer(data.tokenizer_sha256, start, "critic.start")
         model = critic.Critic(load_bundle(start, n_future=1, dtype=getattr(torch, params.run.dtype), device=world.device)).to(world.device)
-        plan = train.Plan(data, critic.pairs(data), settings.batch_rows // 2, settings.n_epochs, settings.learning_rate, params.seed)
-        inputs = {"start": bundle_sha256(start), "data": data.sha256}
-        records = train.fit_or_resume(
-            model, critic.objective(settings), plan, params, world, stage="critic", inputs=inputs, on_log=track.log
+        plan = train.Plan(
+            data, critic.pairs(data), settings.batch_rows // 2, settings.n_epochs, settings.learning_rate, params.seed,
+            checkpoint_every=params.run.checkpoint_every,
         )  # fmt: skip
-        figures = {}
-        for name, part in (("held_out", held_out), ("in_fold", data)):
-            rows = critic.pairs(part)[:1000].reshape(-1)
-            values = scoring.score_rows(scoring.critic_value(model), part, rows, world, params.optimizer.micro_batch_tokens)
-            if values is not None:
-                judged = gate.Judged(values, part.response_start[rows], part.is_correct[rows], part.problem_of[rows], part.spans()[rows])
-                found = gate.report(judged, seed=params.seed, **settings.gate.model_dump(exclude={"train_anyway"}))
-                figures |= found if name == "held_out" else {"auc_in_fold": found["auc"]}
-        if world.is_first:
-            critic.save_critic(model, Path(start), Path(out), figures)
-            train.write_log(Path(log), records)
-            write_text(report, json.dumps(figures, indent=2) + "\n")
+        fitted = {"stage": "critic", "inputs": {"start": bundle_sha256(start), "data": data.sha256}, "on_log": track.log}
+        figures: dict[str, Any] = {}
+        with train.fitted(model, critic.objective(settings), plan, params, world, **fitted) as records:
+            for name, part in (("held_out", held_out), ("in_fold", data)):
+                rows = critic.pairs(part)[:1000].reshape(-1)
+                values = scoring.score_rows(scoring.critic_value(model), part, rows, world, params.optimizer.micro_batch_tokens)
+                if values is not None:
+                    judged = gate.Judged(
+                        values, part.response_start[rows], part.is_correct[rows], part.problem_of[rows], part.spans()[rows]
+                    )
+                    found = gate.report(judged, seed=params.seed, **settings.gate.model_dump(exclude={"train_anyway"}))
+                    figures |= found if name == "held_out" else {"auc_in_fold": found["auc"]}
+            if world.is_first:
+                critic.save_critic(model, Path(start), Path(out), figures)
+                train.write_log(Path(log), records)
+                write_text(report, json.dumps(figures, indent=2) + "\n")
     return {key: float(value) for key, value in figures.items() if value is not None}
 
 

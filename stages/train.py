@@ -30,13 +30,13 @@ def work(params: Any, track: Any, method: str, start: str, processed: str, signa
             training.log_every, params.run.checkpoint_every,
         )  # fmt: skip
         inputs |= {"start": bundle_sha256(start), "data": data.sha256}
-        records = train.fit_or_resume(model, objective, plan, params, world, stage=f"train-{method}", inputs=inputs, on_log=track.log)
-        figures = train.account(model, plan, records[-1])
-        figures |= train.validation(model, TokenData(processed, "validation"), world, params.optimizer.micro_batch_tokens)
-        save_model(model, Path(start), Path(out), world, {"stage": "train", "method": method, "n_steps": plan.n_steps})
-        if world.is_first:
-            train.write_log(Path(log), records)
-            write_text(report, json.dumps(figures, indent=2) + "\n")
+        with train.fitted(model, objective, plan, params, world, stage=f"train-{method}", inputs=inputs, on_log=track.log) as records:
+            figures = train.account(model, plan, records[-1])
+            figures |= train.validation(model, TokenData(processed, "validation"), world, params.optimizer.micro_batch_tokens)
+            save_model(model, Path(start), Path(out), world, {"stage": "train", "method": method, "n_steps": plan.n_steps})
+            if world.is_first:
+                train.write_log(Path(log), records)
+                write_text(report, json.dumps(figures, indent=2) + "\n")
     return figures
 
 

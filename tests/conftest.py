@@ -106,3 +106,10 @@ def run_ranks(module: str, function: str, *arguments: object, size: int = 2, sec
             error, code = worker.communicate()[1], None
         ends.append((code, error))
     return ends
+
+
+def pytest_collection_modifyitems(items):
+    """What is stress is slow too: `-m "not slow"` replaces the default selection, which leaves stress out."""
+    for item in items:
+        if item.get_closest_marker("stress"):
+            item.add_marker(pytest.mark.slow)

@@ -236,6 +236,26 @@ def test_weights_take_no_part_in_the_gradient(name, models):
     assert signal.grad is None
 
 
+class Proportional(Method):
+    """Each target weighs as its loss does, mean 1: a weighting with a gradient, if it were let in."""
+
+    def function(self):
+        def head_weights(ce_BTF, signal_BT, response_BT):
+            return ce_BTF * align_future(response_BT.double(), ce_BTF.shape[2], 0.0).sum() / ce_BTF.sum()
+
+        return head_weights
+
+
+def test_weights_made_from_the_forward_are_constants_to_the_gradient(models):
+    model, step = models[F], whole_step()
+    targets = align_future(step.tokens_BT.masked_fill(~step.response_BT, -100), F, -100)
+    model.zero_grad()
+    ce = model(step.tokens_BT, targets)
+    (ce.detach() / ce.detach().sum() * ce).sum().backward()
+    fixed = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+    same(prepared(model, PolicyObjective(Proportional("", None, True), {}, F), step)[1], fixed)
+
+
 @pytest.mark.parametrize("name", ["verifiable", "rho1"])
 def test_mix_blends_with_uniform(name, models):
     model, step = models[F], whole_step(name)

@@ -393,7 +393,8 @@ def test_another_fingerprint_never_finds_the_state(micro, work, change):
 
         model = start_model(micro.bundle, torch.float32)
         try:
-            train.fit_or_resume(model, policy("baseline"), plan, view(**changes), ALONE, stage="s", inputs={"data": "x"}, on_log=on_log)
+            with train.fitted(model, policy("baseline"), plan, view(**changes), ALONE, stage="s", inputs={"data": "x"}, on_log=on_log):
+                pass
         except Killed:
             continue
     assert seen == [1, 2, 3, 4, 1, 2, 2, 3, 4], "the second run starts anew, the third goes on where the second one was"
@@ -410,8 +411,8 @@ def test_other_inputs_never_find_the_state_and_operational_keys_do_not_matter(mi
             killer(2)(step, figures)
 
         model, fixed = start_model(micro.bundle, torch.float32), {"stage": "s", "inputs": {"data": inputs}}
-        with pytest.raises(Killed):
-            train.fit_or_resume(model, policy("baseline"), plan, view(**changes), ALONE, on_log=on_log, **fixed)
+        with pytest.raises(Killed), train.fitted(model, policy("baseline"), plan, view(**changes), ALONE, on_log=on_log, **fixed):
+            pass
         assert seen == expected
 
 

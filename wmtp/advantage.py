@@ -16,6 +16,7 @@ def _temporal_differences(values_BT: Tensor, response_BT: Tensor, gamma: float) 
     """delta[i] without any reward, 0 outside the response, and the mask of each row's last response token L."""
     after = functional.pad(response_BT[:, 1:], (0, 1), value=False)
     last_BT = response_BT & ~after
+    values_BT = values_BT.masked_fill(~after, 0.0)
     before_BT = functional.pad(values_BT[:, :-1], (1, 0))
     delta_BT = gamma * values_BT * (response_BT & after) - before_BT
     return delta_BT * response_BT, last_BT
@@ -43,7 +44,7 @@ def gae(values_BT: Tensor, reward_B: Tensor, response_BT: Tensor, gamma: float =
     delta_BT = delta_BT + reward_B.to(values_BT)[:, None] * last_BT
     advantage_BT = _discounted_sum(delta_BT, _rate(values_BT, gamma, lam)) * response_BT
     state_BT = functional.pad(response_BT[:, 1:], (0, 1), value=False)
-    target_BT = (values_BT + functional.pad(advantage_BT[:, 1:], (0, 1))) * state_BT
+    target_BT = values_BT.masked_fill(~state_BT, 0.0) + functional.pad(advantage_BT[:, 1:], (0, 1)) * state_BT
     return advantage_BT, target_BT
 
 

@@ -108,6 +108,9 @@ def _filler(step: Batch) -> Batch:
 
 def in_order(data: TokenData, rows: np.ndarray, rank: int, size: int, token_budget: int) -> Iterator[Batch]:
     """This rank's share of `rows`, each once, similar lengths together: for scoring and validation, where order does not matter."""
-    mine = rows[np.argsort(-data.lengths[rows], kind="stable")][rank::size]
-    for group in _groups(mine, data.lengths, token_budget):
+    order = rows[np.argsort(-data.lengths[rows], kind="stable")]
+    groups = [_groups(order[r::size], data.lengths, token_budget) for r in range(size)]
+    for group in groups[rank]:
         yield collate(data, group)
+    for _ in range(max(map(len, groups)) - len(groups[rank])):
+        yield _filler(collate(data, order[:1]))

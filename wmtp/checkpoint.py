@@ -22,12 +22,16 @@ from wmtp.records import atomic_path
 from wmtp.world import World
 
 
-class ScratchBusy(RuntimeError):
+class ScratchBusy(OSError):
     """Another process still trains from the same scratch directory."""
 
 
 def fingerprint(declared: dict[str, Any], inputs: dict[str, str], world_size: int) -> str:
-    text = json.dumps({"params": declared, "inputs": inputs, "world": world_size, "torch": torch.__version__}, sort_keys=True)
+    """Of parameters, inputs, world size and this package's code: an edited program must not go on with another one's state."""
+    sources = sorted(Path(__file__).parent.rglob("*.py"))
+    code = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()
+    shaped_by = {"params": declared, "inputs": inputs, "world": world_size, "torch": torch.__version__, "code": code}
+    text = json.dumps(shaped_by, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 

@@ -51,8 +51,8 @@ class Critic(nn.Module):
         hidden_BTD = self.trunk.hidden(tokens_BT, n_future=1, first=first)[0]
         ce_BT = self.trunk.cross_entropy(hidden_BTD, future_targets(tokens_BT, response_BT, 1)[:, first:, 0])
         surprise_BT1 = functional.pad(ce_BT.detach()[:, :-1], (1, 0)).cumsum(1).unsqueeze(-1)
-        logit_BT = self.value(torch.cat([hidden_BTD, surprise_BT1.to(hidden_BTD.dtype)], -1)).squeeze(-1)
-        logit_BT = logit_BT if logit_BT.dtype == torch.float64 else logit_BT.float()
+        read = torch.cat([hidden_BTD.to(ce_BT.dtype), surprise_BT1], -1)
+        logit_BT = functional.linear(read, self.value.weight.to(read.dtype), self.value.bias.to(read.dtype)).squeeze(-1)
         return functional.pad(logit_BT, (first, 0)), functional.pad(ce_BT, (first, 0))
 
 
@@ -93,7 +93,9 @@ def pairs(data: TokenData) -> np.ndarray:
     """
     found = [pair for problem in data.problems for pair in _like_length(problem["correct"], problem["incorrect"], data.lengths)]
     if not found:
-        raise ValueError(f"{data.path}: no problem has both a correct and an incorrect program of like length; the critic cannot learn from it")
+        raise ValueError(
+            f"{data.path}: no problem has both a correct and an incorrect program of like length; the critic cannot learn from it"
+        )
     return np.array(found)
 
 

@@ -46,6 +46,7 @@ def bootstrap_auc(score: np.ndarray, label: np.ndarray, problem: np.ndarray, con
     """Percentile interval of the AUC; problems are resampled, with all their rows."""
     rng = np.random.Generator(np.random.PCG64(seed))
     rows_of = [np.flatnonzero(problem == p) for p in np.unique(problem)]
+    auc(score, label)
     found = []
     while len(found) < BOOTSTRAP:
         rows = np.concatenate([rows_of[i] for i in rng.integers(len(rows_of), size=len(rows_of))])

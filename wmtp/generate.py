@@ -36,7 +36,7 @@ def gumbel(key_B: Tensor, position_B: Tensor, vocab_size: int) -> Tensor:
         key_B[:, None] + position_B[:, None] * -7046029254386353131 + torch.arange(vocab_size, device=key_B.device) * 0x2545F4914F6CDD1D
     )
     bits = _mix(_mix(counter))
-    uniform = ((bits >> 40) & 0xFFFFFF).float().add(0.5).mul(2.0**-24)
+    uniform = ((bits >> 41) & 0x7FFFFF).float().add(0.5).mul(2.0**-23)
     return -torch.log(-torch.log(uniform))
 
 
@@ -61,7 +61,7 @@ def choose(logits_BV: Tensor, temperature_B: Tensor, key_B: Tensor, position_B: 
 
 def _nucleus(scaled_BV: Tensor, top_p: float) -> Tensor:
     """-inf outside the smallest set of likeliest tokens whose probability reaches `top_p`; the first token always stays."""
-    ordered_BV, order_BV = scaled_BV.softmax(-1).sort(-1, descending=True, stable=True)
+    ordered_BV, order_BV = scaled_BV.softmax(-1).sort(stable=True, dim=-1, descending=True)
     outside_BV = ordered_BV.cumsum(-1) - ordered_BV >= top_p
     return scaled_BV.masked_fill(torch.zeros_like(outside_BV).scatter(1, order_BV, outside_BV), -torch.inf)
 
@@ -76,17 +76,19 @@ def generate(
     top_p: float,
     seed: int,
     batch_rows: int,
+    n_tokens: int | None = None,
     stopped: Callable[[Request], bool] | None = None,
     stop_every: int = 8,
 ) -> Iterator[list[Request]]:
     """Fills the requests' outputs, `batch_rows` at a time and similar prompt lengths together; yields each batch as it ends.
 
+    Tokens from `n_tokens` on, the padding of a vocabulary, are never chosen.
     `stopped` is asked every `stop_every` tokens whether a row's text already holds a stop; the caller cuts exactly afterwards.
     """
     ordered = sorted(requests, key=lambda request: (-len(request.prompt), request.task_id, request.temperature, request.sample))
     for first in range(0, len(ordered), batch_rows):
         batch = ordered[first : first + batch_rows]
-        _generate_batch(model, batch, max_tokens, eos, top_p, seed, stopped, stop_every)
+        _generate_batch(model, batch, max_tokens, eos, top_p, seed, n_tokens, stopped, stop_every)
         yield batch
 
 
@@ -97,6 +99,7 @@ def _generate_batch(
     eos: int,
     top_p: float,
     seed: int,
+    n_tokens: int | None,
     stopped: Callable[[Request], bool] | None,
     stop_every: int,
 ) -> None:
@@ -106,7 +109,7 @@ def _generate_batch(
     temperature_B = torch.tensor([request.temperature for request in batch], device=device)
     active = list(batch)
     for n in range(max_tokens):
-        token_B = choose(logits_BV, temperature_B, key_B, position_B, top_p)
+        token_B = choose(logits_BV[:, :n_tokens], temperature_B, key_B, position_B, top_p)
         for request, token in zip(active, token_B.tolist()):
             if token == eos:
                 request.ended = True

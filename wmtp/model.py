@@ -143,7 +143,8 @@ class Transformer(nn.Module):
     def __init__(self, args: ModelArgs):
         super().__init__()
         self.args = args
-        self.tok_embeddings = nn.Embedding(args.vocab_size, args.dim)
+        # Given, not initialised by nn.Embedding: on the meta device that imports torch._dynamo, a second in every process.
+        self.tok_embeddings = nn.Embedding(args.vocab_size, args.dim, _weight=torch.randn(args.vocab_size, args.dim))
         self.layers = nn.ModuleList(Block(args) for _ in range(args.n_trunk))
         self.extra_heads = nn.ModuleList(Block(args) for _ in range(args.n_future_tokens - 1))
         self.norm = RMSNorm(args.dim, args.norm_eps)
@@ -205,7 +206,8 @@ class Transformer(nn.Module):
         dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
         table = self._rotary
         if table is None or len(table[0]) < length or table[0].device != weight.device or table[0].dtype != dtype:
-            self._rotary = table = rotary_table(max(length, 256), self.args.head_dim, self.args.rope_theta, dtype, weight.device)
+            with torch.inference_mode(False):
+                self._rotary = table = rotary_table(max(length, 256), self.args.head_dim, self.args.rope_theta, dtype, weight.device)
         return table
 
     def cross_entropy(self, x_BTD: Tensor, target_BT: Tensor) -> Tensor:

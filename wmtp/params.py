@@ -136,7 +136,7 @@ class Run(Section):
     n_processes: Positive = Field(description="torchrun workers")
     n_threads: Positive = Field(description="CPU threads of each worker")
     device: Literal["auto", "cpu", "cuda", "mps"]
-    dtype: Literal["float32", "float64", "bfloat16"]
+    dtype: Literal["float32", "bfloat16"]
     parallel: Literal["ddp", "fsdp"]
     checkpoint_every: Positive = Field(description="optimizer steps between saves for resuming")
 

@@ -53,7 +53,8 @@ class PolicyObjective:
         valid_BTF = targets_BTF != IGNORE
         if self.method.needs_forward:
             weight_BTF = self.method.function()(ce_BTF.detach(), batch.signal_BT, batch.response_BT, **self.settings)
-            weight_BTF = self._mixed(weight_BTF, valid_BTF)
+            # On a GPU this waits once a micro-batch; weights known before the forward are checked on the CPU.
+            weight_BTF = check_weights(self._mixed(weight_BTF, valid_BTF), valid_BTF)
         else:
             weight_BTF = align_future(batch.weight_BT, self.n_future, 0.0)
         total = (weight_BTF * ce_BTF * valid_BTF).sum()

@@ -34,13 +34,14 @@ def copy_folders(path: Path, folders: Mapping[str, str | None], out: Path) -> di
     for name, folder in wanted.items():
         if not folder.is_dir():
             raise RecordError(f"{folder}: no such folder; source.data.path and source.data.folders.{name} should lead to the {name} files")
-    out.mkdir(parents=True, exist_ok=True)
-    counts = {}
+    found = {}
     for name, folder in wanted.items():
-        files = [file for file in sorted(folder.iterdir()) if file.name.endswith((".jsonl", ".jsonl.gz"))]
+        found[name] = files = [file for file in sorted(folder.iterdir()) if file.name.endswith((".jsonl", ".jsonl.gz"))]
         if not files:
             raise RecordError(f"{folder}: no .jsonl or .jsonl.gz file there; source.data.folders.{name} should name the {name} files")
-        (out / name).mkdir(exist_ok=True)
+    counts = {}
+    for name, files in found.items():
+        (out / name).mkdir(parents=True, exist_ok=True)
         for file in files:
             shutil.copyfile(file, out / name / file.name)
         counts[name] = len(files)

@@ -9,6 +9,7 @@ import gzip
 import hashlib
 import os
 import tempfile
+import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, Literal, TypeVar
@@ -156,7 +157,7 @@ def read_lines(path: str | Path) -> Iterator[tuple[int, str]]:
                     yield number, line
     except FileNotFoundError:
         raise RecordError(f"{path}: no such file; run the stage that makes it (dvc repro)") from None
-    except (UnicodeDecodeError, gzip.BadGzipFile, EOFError) as error:
+    except (UnicodeDecodeError, gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise RecordError(f"{path}: not a readable JSONL file: {error}") from None
 
 

@@ -39,6 +39,7 @@ def complete(
     with Bar(f"sample {benchmark.name}", len(requests) * world.size, unit="completions") as bar:
         for batch in generate(
             model, requests, max_tokens=protocol.max_tokens, eos=tokenizer.eos, top_p=protocol.top_p, seed=seed, batch_rows=batch_rows,
+            n_tokens=len(tokenizer),
             stopped=(lambda request: protocol.cut(text_of(request))[1]) if protocol.stops else None,
         ):  # fmt: skip
             done += [_completion(benchmark, request, text_of(request)) for request in batch]

@@ -21,8 +21,10 @@ def write_scores(path: Path, scores: list[np.ndarray], data: TokenData, model_sh
     from safetensors.numpy import save_file
 
     flat = np.concatenate(scores).astype(np.float32)
-    if len(flat) != data.lengths.sum():
-        raise ScoreError(f"{path}: expected one score for each of {data.lengths.sum()} tokens, found {len(flat)}")
+    if [len(row) for row in scores] != data.lengths.tolist():
+        raise ScoreError(
+            f"{path}: expected one score for each of {data.lengths.sum()} tokens, row by row, found {len(flat)} or other lengths"
+        )
     if not np.isfinite(flat).all():
         row = int(np.searchsorted(np.cumsum(data.lengths), np.flatnonzero(~np.isfinite(flat))[0], side="right"))
         raise ScoreError(f"{path}: a score of row {row} is not finite; the model that scores is broken")
@@ -35,18 +37,23 @@ class Scores:
     """The scores of a split, checked to be those of `data`."""
 
     def __init__(self, path: str | Path, data: TokenData):
-        from safetensors import safe_open
+        from safetensors import SafetensorError, safe_open
 
         if not Path(path).is_file():
             raise ScoreError(f"{path}: no scores there; run the stage that makes them (dvc repro)")
-        with safe_open(str(path), framework="np") as file:
-            key = json.loads(file.metadata()["key"])
-            self.flat = file.get_tensor("scores")
+        try:
+            with safe_open(str(path), framework="np") as file:
+                key = json.loads(file.metadata()["key"])
+                self.flat = file.get_tensor("scores")
+        except (SafetensorError, TypeError, KeyError, ValueError) as error:
+            raise ScoreError(f"{path}: not a whole score file: {error}; run dvc repro") from None
         for name, expected in (("data_sha256", data.sha256), ("tokenizer_sha256", data.tokenizer_sha256)):
             if key[name] != expected:
                 raise ScoreError(f"{path}: {name} is {key[name][:12]}, expected {expected[:12]}: stale scores; run dvc repro")
         if len(self.flat) != data.lengths.sum():
             raise ScoreError(f"{path}: expected {data.lengths.sum()} scores, found {len(self.flat)}")
+        if not np.isfinite(self.flat).all():
+            raise ScoreError(f"{path}: a score is not finite; run dvc repro")
         self.model_sha256: str = key["model_sha256"]
         self.gate_passed: bool = key["gate_passed"]
         self.sha256 = sha256_file(path)

@@ -42,8 +42,9 @@ def score_rows(
         for batch in in_order(data, rows, world.rank, world.size, token_budget):
             scores = score(batch.to(world.device)).float().cpu().numpy()
             for row, values in zip(batch.row_B.tolist(), scores):
-                found[row] = values[: data.lengths[row]].copy()
-            bar.advance(len(scores) * world.size)
+                if row >= 0:  # filler has no row
+                    found[row] = values[: data.lengths[row]].copy()
+            bar.advance(min(len(scores) * world.size, len(rows) - bar.done))
     parts = world.gather(found)
     if parts is None:
         return None

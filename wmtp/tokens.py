@@ -100,7 +100,7 @@ def _shortened(tokenizer: Tokenizer, problem: Problem, index: int, solution: Sol
     """The row with its statement cut from the end by at least `excess` tokens, as far as there is statement to cut."""
     pieces = tokenizer.pieces.encode(problem.statement)
     # A few tokens more than the excess: a cut text may be encoded in more pieces than its part of the whole was.
-    kept = tokenizer.pieces.decode(pieces[: max(1, len(pieces) - excess - 4)])
+    kept = tokenizer.pieces.decode(pieces[: max(1, len(pieces) - excess - 4)]).rstrip("\N{REPLACEMENT CHARACTER}")
     return encode_row(tokenizer, problem.model_copy(update={"statement": kept}), index, solution, template)
 
 
@@ -164,10 +164,10 @@ class TokenData:
         self.manifest = json.loads((Path(processed) / "manifest.json").read_text())
         self.tokenizer_sha256: str = self.manifest["tokenizer_sha256"]
         self.sha256: str = self.manifest["splits"][split]["sha256"]
-        self.rows = load_from_disk(str(self.path / "rows")).with_format("numpy")
         self.problems: list[dict[str, Any]] = json.loads((self.path / "problems.json").read_text())
-        if len(self.rows) == 0:
+        if not self.problems:
             raise TokenError(f"{self.path}: the split is empty; raise its share in data.splits or add data")
+        self.rows = load_from_disk(str(self.path / "rows")).with_format("numpy")
         self.lengths = self._column("length")
         self.response_start = self._column("response_start")
         self.problem_of = self._column("problem")

@@ -6,8 +6,8 @@ and weights that are known before the forward, from the step's rows itself: they
 
 import json
 import math
-from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -147,7 +147,8 @@ def fit(
     return records
 
 
-def fit_or_resume(
+@contextmanager
+def fitted(
     model: nn.Module,
     objective: Objective,
     plan: Plan,
@@ -157,12 +158,15 @@ def fit_or_resume(
     stage: str,
     inputs: Mapping[str, str],
     on_log: Callable[[int, dict[str, float]], None] | None = None,
-) -> list[dict[str, float]]:
-    """`fit` with its state in a scratch directory named after everything that shapes the run: declared parameters, inputs, world size."""
+) -> Iterator[list[dict[str, float]]]:
+    """`fit` with its state in a scratch directory named after everything that shapes the run: declared parameters, inputs, world size.
+
+    The block saves the model; the state is kept until it has ended well, so that a full disk costs no training.
+    """
     tracked = {key: value for key, value in params.declared().items() if key not in OPERATIONAL}
     key = checkpoint.fingerprint(tracked, dict(inputs), world.size)
     with checkpoint.scratch(stage, key, world) as folder:
-        return fit(
+        yield fit(
             model, objective, plan, params.optimizer, world, parallel=params.run.parallel, scratch=folder, label=stage,
             on_log=on_log if world.is_first else None,
         )  # fmt: skip
@@ -182,11 +186,19 @@ def tune(
     settings, data = params[section], TokenData(processed, split)
     check_same_tokenizer(data.tokenizer_sha256, start, f"{section}.start")
     model = load_bundle(start, dtype=getattr(torch, params.run.dtype), device=world.device)
-    plan = Plan(data, data.correct_rows(), settings.batch_rows, settings.n_epochs, settings.learning_rate, params.seed)
+    plan = Plan(
+        data,
+        data.correct_rows(),
+        settings.batch_rows,
+        settings.n_epochs,
+        settings.learning_rate,
+        params.seed,
+        checkpoint_every=params.run.checkpoint_every,
+    )
     objective = PolicyObjective(METHODS["baseline"], {}, model.n_future)
     inputs = {"start": bundle_sha256(start), "data": data.sha256}
-    records = fit_or_resume(model, objective, plan, params, world, stage=section, inputs=inputs, on_log=on_log)
-    checkpoint.save_model(model, start, out, world, {"stage": section, "n_steps": plan.n_steps})
+    with fitted(model, objective, plan, params, world, stage=section, inputs=inputs, on_log=on_log) as records:
+        checkpoint.save_model(model, start, out, world, {"stage": section, "n_steps": plan.n_steps})
     return records
 
 
@@ -214,6 +226,6 @@ def validation(model: Transformer, data: TokenData, world: World, token_budget: 
 
 def write_log(path: Path, records: list[dict[str, float]]) -> None:
     """CSV for dvc plots, one row a logged step; numbers in full so that equal runs give equal bytes."""
-    columns = list(records[0])
+    columns = list(records[0]) if records else ["step"]
     rows = [",".join(columns), *(",".join(json.dumps(record[column]) for column in columns) for record in records)]
     write_text(path, "\n".join(rows) + "\n")

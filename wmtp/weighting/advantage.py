@@ -31,11 +31,11 @@ def token_weights(
     temperature (usual 0.3 to 1; towards infinity: uniform). `sigma_floor` keeps a dead critic from being whitened into confident
     weights. When the weights' concentration falls below its floor, beta is raised by bisection until it holds.
     """
-    advantage_BT = policy_advantage(values_BT.double(), response_BT, gamma, _lam(lam, response_BT))
+    advantage_BT = policy_advantage(values_BT.detach().double(), response_BT, gamma, _lam(lam, response_BT))
     z_BT = standardise(advantage_BT, response_BT, sigma_floor).clamp(-z_clip, z_clip)
 
     def weights(temperature: Tensor) -> Tensor:
-        return project_mean_one(torch.exp(z_BT / temperature), response_BT, weight_clip_min, weight_clip_max)
+        return project_mean_one(torch.exp((z_BT - z_BT.max()) / temperature), response_BT, weight_clip_min, weight_clip_max)
 
     low = torch.tensor(beta, dtype=torch.float64, device=values_BT.device)
     if concentration_floor == 0:

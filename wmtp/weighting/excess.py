@@ -25,6 +25,6 @@ def select_top(score_BT: Tensor, valid_BT: Tensor, keep_fraction: float) -> Tens
     """The ceil(keep_fraction * N) valid entries of highest score in each row, bool [B, T]; exact under ties, stable."""
     order_BT = score_BT.masked_fill(~valid_BT, -torch.inf).argsort(dim=1, descending=True, stable=True)
     rank_BT = torch.empty_like(order_BT).scatter_(1, order_BT, torch.arange(score_BT.shape[1], device=order_BT.device).expand_as(order_BT))
-    # 0.6 * 5 is 3.0000000000000004 in binary; the slack keeps ceil from counting that as 4.
-    budget_B1 = torch.ceil(valid_BT.sum(1, keepdim=True).double() * keep_fraction - 1e-9)
+    # 0.55 * 100 is 55.00000000000001 in binary; the slack keeps ceil from counting that as 56.
+    budget_B1 = torch.ceil(valid_BT.sum(1, keepdim=True).double() * keep_fraction - 1e-9).clamp(min=1)
     return (rank_BT < budget_B1) & valid_BT

@@ -17,7 +17,7 @@ def project_mean_one(u: Tensor, valid: Tensor, lo: float, hi: float) -> Tensor:
     u64 = u.double().masked_fill(~valid, 0.0)
     n_valid = valid.sum().clamp(min=1)
     # A zero would stay below lo for every c and could make the mean unreachable; this far down the order is all that matters.
-    u64 = (u64 / u64.max().clamp(min=1e-300)).clamp(min=1e-200)
+    u64 = (u64 / u64.max().clamp(min=1e-300)).clamp(min=1e-300)
     low = torch.log(torch.tensor(max(lo, 1e-3), dtype=torch.float64, device=u.device)) - 1.0
     # Here every weight is at least min(hi, 2) > 1, also when hi is infinite.
     high = torch.log(min(hi, 2.0) / u64.masked_fill(~valid, 1.0).min())
