@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from wmtp import params, progress
+from wmtp import params, progress, view
 from wmtp.tracking import stage_run
 
 
@@ -17,12 +17,12 @@ def run(work: Callable[..., dict[str, Any] | None]) -> None:
     """
     stage, debug = os.environ.get("DVC_STAGE", Path(sys.argv[0]).stem), False
     try:
-        view = params.load()
-        debug = view.log_level == "debug"
-        progress.set_level(view.log_level)
-        tracked = {key: value for key, value in view.declared().items() if key not in params.OPERATIONAL}
-        with stage_run(stage, tracked, view.tracking.enabled, view.tracking.tags) as track:
-            track.summary(work(view, track, *sys.argv[1:]) or {})
+        visible = view.load()
+        debug = visible.log_level == "debug"
+        progress.set_level(visible.log_level)
+        tracked = {key: value for key, value in visible.declared().items() if key not in params.OPERATIONAL}
+        with stage_run(stage, tracked, visible.tracking.enabled, visible.tracking.tags) as track:
+            track.summary(work(visible, track, *sys.argv[1:]) or {})
     except (ValueError, OSError, ArithmeticError) as error:
         if debug:
             raise

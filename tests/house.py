@@ -10,7 +10,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 # Rooms that never shape an output: an edit of logging must not re-run a training.
-EXEMPT = {"params", "progress", "tracking", "launch", "overlay"}
+EXEMPT = {"params", "view", "progress", "tracking", "launch", "overlay"}
 
 
 def module_file(name: str) -> Path | None:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from stages.compare import work
-from wmtp import compare, params
+from wmtp import compare, view
 from wmtp.compare import CompareError, Result, bootstrap_p, difference, differences, holm, mcnemar, minimum_detectable, resampled_means
 from wmtp.passk import estimate
 from wmtp.records import Verdict, write_jsonl
@@ -243,7 +243,7 @@ def root(tmp_path):
 
 
 HOUSE = Path(__file__).parents[1]
-METHODS = list(params.load(HOUSE).methods)
+METHODS = list(view.load(HOUSE).methods)
 
 
 def read(root, name="baseline", trained=True):
@@ -338,7 +338,7 @@ def test_a_verdict_that_the_judge_failed_to_give_is_not_compared(root):
 
 def run_stage(root, out):
     with stage_run("compare", {}, enabled=False) as track:
-        return work(params.load(HOUSE), track, str(root / "metrics"), str(root / "verdicts"), str(out))
+        return work(view.load(HOUSE), track, str(root / "metrics"), str(root / "verdicts"), str(out))
 
 
 def written(out):
@@ -366,7 +366,7 @@ def test_the_stage_writes_its_files(root, capsys):
 def test_selected_holds_the_numbers_of_the_reported_method(root):
     run_stage(root, root / "out")
     chosen = json.loads((root / "out" / "selected.json").read_text())
-    evaluation = json.loads((root / "metrics" / params.load(HOUSE).report.method / "eval.json").read_text())
+    evaluation = json.loads((root / "metrics" / view.load(HOUSE).report.method / "eval.json").read_text())
     assert chosen["training"] == TRAINING
     for benchmark, figures in evaluation.items():
         assert chosen[benchmark] == {key: value for key, value in figures.items() if key != "protocol_sha256"}

@@ -8,7 +8,8 @@ import yaml
 
 from tests.house import ROOT
 from wmtp.overlay import merged
-from wmtp.params import ParameterError, Params, Section, declared_keys, load, read_yaml, validate
+from wmtp.params import ParameterError, Params, Section, read_yaml, validate
+from wmtp.view import declared_keys, load
 
 COMMITTED = yaml.safe_load((ROOT / "params.yaml").read_text())
 

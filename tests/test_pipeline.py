@@ -211,3 +211,15 @@ def test_real_files_go_through_every_stage(finished, tmp_path):
     for method in ("start", *METHODS):
         figures = json.loads((folder / f"metrics/{method}/eval.json").read_text())
         assert (figures["humaneval"]["n_problems"], figures["mbpp"]["n_problems"]) == (164, 500)
+
+
+def test_the_7b_preset_is_a_pipeline_that_dvc_can_plan(tmp_path):
+    folder = tmp_path / "7b"
+    folder.mkdir()
+    copied(folder)
+    run(folder, "git", "checkout", "-q", "--", "params.yaml")
+    shutil.copy(ROOT / "params.yaml", folder / "params.yaml")
+    run(folder, sys.executable, "-m", "wmtp.overlay", "presets/7b.yaml", "--write", "params.yaml")
+    planned = stages_run(run(folder, "dvc", "repro", "--dry", "compare"))
+    assert {f"train@{method}" for method in METHODS} <= planned
+    assert not {"warm-up", "build-micro-model"} & planned, "the 7B policies start from the base itself"

@@ -1,0 +1,78 @@
+"""Each stage's view of the parameters: the keys that it declares in dvc.yaml and no others.
+
+A value that DVC does not track must not be able to change a result.
+"""
+
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+
+from wmtp.params import OPERATIONAL, ParameterError, Params, read_yaml, validate
+
+
+def declared_keys(stage: str, pipeline: dict[str, Any]) -> list[str]:
+    """The parameter keys that dvc.yaml lists for `stage` (`train@rho1`: `item` and `key` of its foreach or matrix filled in)."""
+    name, _, instance = stage.partition("@")
+    entry = pipeline["stages"].get(name)
+    if entry is None:
+        raise ParameterError(f"dvc.yaml: no stage {name}")
+    body = entry.get("do", entry)
+    items = entry.get("foreach", {})
+    item = items.get(instance) if isinstance(items, dict) else None
+
+    def fill(text: str) -> str:
+        text = text.replace("${key}", instance).replace("${item}", instance).replace("${item.method}", instance)
+        return re.sub(r"\$\{item\.(\w+)\}", lambda match: str(item[match[1]]), text)
+
+    return [fill(key) for key in body.get("params", [])]
+
+
+class View:
+    """The declared part of the parameters; reading anything else is an error that names the stage and the key."""
+
+    def __init__(self, values: BaseModel | dict[str, Any], declared: list[str], stage: str, path: str = ""):
+        self._values, self._declared, self._stage, self._path = values, declared, stage, path
+
+    def __getattr__(self, name: str) -> Any:
+        path = f"{self._path}{name}"
+        value = self._values[name] if isinstance(self._values, dict) else getattr(self._values, name)
+        if any(path == key or path.startswith(f"{key}.") for key in self._declared):
+            return value
+        if any(key.startswith(f"{path}.") for key in self._declared):
+            return View(value, self._declared, self._stage, f"{path}.")
+        raise ParameterError(f"stage {self._stage} reads {path}, which dvc.yaml does not declare for it; add it to that stage's params")
+
+    def __getitem__(self, name: str) -> Any:
+        return getattr(self, name)
+
+    def declared(self) -> dict[str, Any]:
+        """Every declared value by its dotted key, JSON-ready: what a fingerprint or a tracker needs."""
+        return {key: _plain(_resolve(self._values, key)) for key in sorted(set(self._declared))}
+
+
+def _resolve(values: Any, key: str) -> Any:
+    for part in key.split("."):
+        values = values[part] if isinstance(values, dict) else getattr(values, part)
+    return values
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(part) for key, part in value.items()}
+    return value.model_dump(mode="json") if isinstance(value, BaseModel) else value
+
+
+def load(root: Path = Path()) -> View:
+    """The parameters as the running stage may see them; by hand, without DVC, everything."""
+    whole = validate(read_yaml(root / "params.yaml"))
+    stage = os.environ.get("DVC_STAGE")
+    if stage is None:
+        return View(whole, list(Params.model_fields), "(by hand)")
+    if "WMTP_DECLARED" in os.environ:
+        return View(whole, json.loads(os.environ["WMTP_DECLARED"]), stage)
+    declared = declared_keys(stage, read_yaml(root / "dvc.yaml"))
+    return View(whole, declared + OPERATIONAL, stage)
