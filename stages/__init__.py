@@ -6,6 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from wmtp import params, progress, view
 from wmtp.tracking import stage_run
 
@@ -23,7 +25,7 @@ def run(work: Callable[..., dict[str, Any] | None]) -> None:
         tracked = {key: value for key, value in visible.declared().items() if key not in params.OPERATIONAL}
         with stage_run(stage, tracked, visible.tracking.enabled, visible.tracking.tags) as track:
             track.summary(work(visible, track, *sys.argv[1:]) or {})
-    except (ValueError, OSError, ArithmeticError) as error:
+    except (ValueError, OSError, ArithmeticError, SafetensorError) as error:
         if debug:
             raise
         sys.exit(f"{stage}: {error}")

@@ -1,5 +1,6 @@
 """python -m stages.compare METRICS VERDICTS OUT: methods as rows, paired differences with intervals, the report with its pictures."""
 
+import itertools
 import json
 from dataclasses import asdict
 from pathlib import Path
@@ -18,7 +19,9 @@ def work(params: Any, track: Any, metrics: str, verdicts: str, out: str) -> dict
     start = compare.read_result(START, Path(metrics), Path(verdicts), trained=False)
     methods = [compare.read_result(name, Path(metrics), Path(verdicts)) for name in params.methods]
     critic = compare.read_critic(Path(metrics) / "critic.json")
-    found = [asdict(one) for one in compare.differences([start, *methods], AGAINST, settings.bootstrap)]
+    others = itertools.combinations([method.name for method in methods if method.name != AGAINST], 2)
+    pairs = [(later, earlier) for earlier, later in others]
+    found = [asdict(one) for one in compare.differences([start, *methods], AGAINST, settings.bootstrap, pairs)]
     figures = {result.name: compare.figures_of(result) for result in (start, *methods)}
     text = report.table(figures, found, critic, settings.bootstrap)
     compare.write_rows(folder / "methods.csv", [compare.summary(result) for result in (start, *methods)])

@@ -20,7 +20,7 @@ def work(params: Any, track: Any, start: str, processed: str, out: str, log: str
     with joined(params.run.device) as world:
         data, held_out = TokenData(processed, "critic"), TokenData(processed, "validation")
         check_same_tokenizer(data.tokenizer_sha256, start, "critic.start")
-        model = critic.Critic(load_bundle(start, n_future=1, dtype=getattr(torch, params.run.dtype), device=world.device)).to(world.device)
+        model = critic.Critic(load_bundle(start, n_future=1, dtype=torch.float32, device=world.device)).to(world.device)
         plan = train.Plan(
             data, critic.pairs(data), settings.batch_rows // 2, settings.n_epochs, settings.learning_rate, params.seed,
             checkpoint_every=params.run.checkpoint_every,
@@ -35,10 +35,12 @@ def work(params: Any, track: Any, start: str, processed: str, out: str, log: str
                     judged = gate.Judged(
                         values, part.response_start[rows], part.is_correct[rows], part.problem_of[rows], part.spans()[rows]
                     )
-                    found = gate.report(judged, seed=params.seed, **settings.gate.model_dump(exclude={"train_anyway"}))
+                    found = gate.report(
+                        judged, seed=params.seed, confidence=settings.gate.confidence, min_delta_std=settings.gate.min_delta_std
+                    )
                     figures |= found if name == "held_out" else {"auc_in_fold": found["auc"]}
+            critic.save_critic(model, Path(start), Path(out), figures, world)
             if world.is_first:
-                critic.save_critic(model, Path(start), Path(out), figures)
                 train.write_log(Path(log), records)
                 write_text(report, json.dumps(figures, indent=2) + "\n")
     return {key: float(value) for key, value in figures.items() if value is not None}

@@ -22,7 +22,7 @@ def work(params: Any, track: Any, method: str, start: str, processed: str, signa
     with joined(params.run.device) as world:
         data = TokenData(processed, "policy")
         check_same_tokenizer(data.tokenizer_sha256, start, "policy.start")
-        model = load_bundle(start, n_future=settings.n_future, dtype=getattr(torch, params.run.dtype), device=world.device)
+        model = load_bundle(start, n_future=settings.n_future, dtype=torch.float32, device=world.device)
         objective = policy_objective(method, settings, lambda: training.beta)
         signal_of, inputs = policy_signal(method, signal, data, lambda: params.critic.gate.train_anyway)
         plan = train.Plan(

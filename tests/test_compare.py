@@ -357,7 +357,9 @@ def test_the_stage_writes_its_files(root, capsys):
     assert float(row["humaneval_pass@4"]) == evaluation["humaneval"]["pass@4"]
     assert (row["steps"], row["validation_ce_head0"], rows[0]["steps"]) == ("20", "0.25", "")
     found = list(csv.DictReader(files["differences.csv"].decode().splitlines()))
-    assert len(found) == len(METHODS) * 2 * 2
+    pairs = {frozenset((one["method"], one["against"])) for one in found}
+    assert pairs == {frozenset(pair) for pair in itertools.combinations(METHODS, 2)} | {frozenset(("start", "baseline"))}
+    assert len(found) == len(pairs) * 2 * 2
     assert {(one["benchmark"], one["measure"]) for one in found} == set(itertools.product(("humaneval", "mbpp"), compare.MEASURES))
     assert len(summary) == len(found)
     assert files["report/table.md"].decode() in capsys.readouterr().err

@@ -18,6 +18,7 @@ from wmtp.bundle import ModelArgs, write_bundle
 from wmtp.critic import Critic, ValueObjective, critic_sha256, load_critic, objective, pairs, save_critic
 from wmtp.model import Transformer
 from wmtp.tokens import TokenData
+from wmtp.world import World
 
 T, VOCABULARY = 20, 23
 # P and L of each row: prompts and responses of one token, no padding, much padding.
@@ -288,7 +289,7 @@ def saved(tmp_path):
     critic = small_critic(torch.float32)
     state = {name: tensor.detach().clone() for name, tensor in critic.trunk.state_dict().items()}
     write_bundle(tmp_path / "start", critic.trunk.args, state, b"tokenizer", source="test", dropped=[], extra={})
-    save_critic(critic, tmp_path / "start", tmp_path / "critic", {"passed": True})
+    save_critic(critic, tmp_path / "start", tmp_path / "critic", {"passed": True}, World(0, 1, torch.device("cpu")))
     return critic, tmp_path / "critic"
 
 

@@ -23,12 +23,12 @@ from wmtp.bundle import read_args
 from wmtp.critic import Critic, ValueObjective
 from wmtp.model import load_bundle
 from wmtp.optim import build_optimizer, learning_rate
-from wmtp.params import View
 from wmtp.policy import PolicyObjective, WeightError
 from wmtp.protocols import PROTOCOLS, with_sampling
 from wmtp.raw_data import read_raw
 from wmtp.tokens import TokenData, TokenError, Tokenizer
 from wmtp.train import NotFinite, Plan
+from wmtp.view import View
 from wmtp.weighting import METHODS
 from wmtp.world import World, joined
 

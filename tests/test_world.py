@@ -40,14 +40,16 @@ def test_blocks_are_the_trunks_and_the_heads_once_each_also_within_a_critic():
         assert [id(block) for block in found] == [id(block) for block in expected]
 
 
-@pytest.mark.parametrize("device", ["cpu", "cuda", "mps"])
-def test_a_named_device_is_taken_at_its_word(device):
-    assert pick_device(device) == device
+def test_a_named_device_must_have_room_for_every_rank():
+    assert pick_device("cpu", 64) == "cpu"
+    with pytest.raises(ValueError, match=r"run\.device cuda: \d+ processes on this machine, found \d+ of them; lower run\.n_processes"):
+        pick_device("cuda", torch.cuda.device_count() + 1)
 
 
-def test_auto_takes_an_accelerator_if_there_is_one():
-    expected = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    assert pick_device("auto") == expected
+def test_auto_takes_accelerators_only_where_each_rank_has_one_of_its_own():
+    n_cuda, n_mps = torch.cuda.device_count(), int(torch.backends.mps.is_available())
+    assert pick_device("auto", 1) == ("cuda" if n_cuda else "mps" if n_mps else "cpu")
+    assert pick_device("auto", max(n_cuda, n_mps) + 1) == "cpu"
 
 
 def two_ranks(out):

@@ -82,13 +82,19 @@ def _full_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str,
     return {"model": model_state, "optimizer": optimizer_state}
 
 
-def save_model(model: nn.Module, start: Path, out: Path, world: World, extra: dict[str, Any]) -> None:
-    """The trained model as a bundle: tokenizer of the bundle it started from, the start's identity in the metadata."""
+def full_state(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Every parameter whole, on the CPU of rank 0; with sharded parameters a collective, so every rank calls it."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
     state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+
+
+def save_model(model: nn.Module, start: Path, out: Path, world: World, extra: dict[str, Any]) -> None:
+    """The trained model as a bundle: tokenizer of the bundle it started from, the start's identity in the metadata."""
+    state = full_state(model)
     if world.is_first:
         tokenizer = (Path(start) / "tokenizer.model").read_bytes()
         extra = {"start_sha256": bundle_sha256(start), **extra}
-        tensors = {name: state[name].contiguous() for name in tensor_shapes(model.args)}
+        tensors = {name: state[name] for name in tensor_shapes(model.args)}
         write_bundle(out, model.args, tensors, tokenizer, source="wmtp training", dropped=[], extra=extra)

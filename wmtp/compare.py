@@ -212,16 +212,16 @@ def difference(method: Result, against: Result, benchmark: str, measure: str, re
     )  # fmt: skip
 
 
-def differences(results: Sequence[Result], against: str, resamples: int) -> list[Difference]:
-    """Every other result against the one named `against`, by measure and benchmark; Holm's adjustment is over all of them."""
+def differences(results: Sequence[Result], against: str, resamples: int, pairs: Sequence[tuple[str, str]] = ()) -> list[Difference]:
+    """Every other result against the one named `against`, then each of `pairs`, by measure and benchmark; Holm's adjustment is over all."""
     check_comparable(results)
     base = next((result for result in results if result.name == against), None)
     if base is None:
         raise CompareError(f"methods: {against} is missing, expected it as the one that all others are compared with; add its block")
     kinds = [(benchmark, measure) for measure in MEASURES for benchmark in base.evaluation if (benchmark, measure) in base.scores]
-    found = [
-        difference(other, base, benchmark, measure, resamples) for benchmark, measure in kinds for other in results if other is not base
-    ]
+    named = {result.name: result for result in results}
+    contrasts = [(other, base) for other in results if other is not base] + [(named[one], named[other]) for one, other in pairs]
+    found = [difference(one, other, benchmark, measure, resamples) for benchmark, measure in kinds for one, other in contrasts]
     return [replace(one, p_holm=p) for one, p in zip(found, holm([one.p for one in found]))]
 
 

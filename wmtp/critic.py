@@ -23,8 +23,10 @@ from wmtp.advantage import gae
 from wmtp.align import future_targets
 from wmtp.batches import Batch
 from wmtp.bundle import atomic_directory, bundle_sha256, write_bundle
+from wmtp.checkpoint import full_state
 from wmtp.model import Transformer, load_bundle
 from wmtp.tokens import TokenData
+from wmtp.world import World
 
 __all__ = ["Critic", "ValueObjective", "critic_sha256", "gae", "load_critic", "objective", "pairs", "save_critic"]
 
@@ -67,16 +69,21 @@ def load_critic(path: str | Path, device: str | torch.device = "cpu", dtype: tor
     return critic
 
 
-def save_critic(critic: Critic, start: Path, out: Path, gate: dict[str, Any]) -> None:
-    """OUT/trunk (a bundle), OUT/value_head.safetensors and OUT/gate.json, all or nothing."""
+def save_critic(critic: Critic, start: Path, out: Path, gate: dict[str, Any], world: World) -> None:
+    """OUT/trunk (a bundle), OUT/value_head.safetensors and OUT/gate.json, all or nothing. Every rank calls it, rank 0 writes."""
+    state = full_state(critic)
+    if not world.is_first:
+        return
+    parts = {
+        part: {name.removeprefix(f"{part}."): t for name, t in state.items() if name.startswith(f"{part}.")} for part in ("trunk", "value")
+    }
     with atomic_directory(out, marker="gate.json") as folder:
-        trunk = critic.trunk
-        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in trunk.state_dict().items()}
         tokenizer = (Path(start) / "tokenizer.model").read_bytes()
         extra = {"start_sha256": bundle_sha256(start), "stage": "critic"}
-        write_bundle(folder / "trunk", trunk.args, tensors, tokenizer, source="wmtp training", dropped=[], extra=extra)
-        head = {name: tensor.detach().cpu().contiguous() for name, tensor in critic.value.state_dict().items()}
-        save_file(head, folder / "value_head.safetensors")
+        write_bundle(
+            folder / "trunk", critic.trunk.args, parts["trunk"], tokenizer, source="wmtp training", dropped=[], extra=extra
+        )  # fmt: skip
+        save_file(parts["value"], folder / "value_head.safetensors")
         (folder / "gate.json").write_text(json.dumps(gate, indent=2) + "\n")
 
 

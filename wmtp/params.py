@@ -137,7 +137,7 @@ class Run(Section):
     n_processes: Positive = Field(description="torchrun workers")
     n_threads: Positive = Field(description="CPU threads of each worker")
     device: Literal["auto", "cpu", "cuda", "mps"]
-    dtype: Literal["float32", "bfloat16"]
+    dtype: Literal["float32", "bfloat16"] = Field(description="of products; trained weights and optimizer moments stay float32")
     parallel: Literal["ddp", "fsdp"]
     checkpoint_every: Positive = Field(description="optimizer steps between saves for resuming")
 
@@ -233,6 +233,12 @@ class Evaluation(Section):
     cpu_seconds: Annotated[float, Field(gt=0)]
     wall_seconds: Annotated[float, Field(gt=0)]
     memory_mb: Positive
+
+    @model_validator(mode="after")
+    def _measures_pass_at_1(self) -> "Evaluation":
+        if self.n_samples > 0 and 1 not in self.ks:
+            raise ValueError(f"ks {self.ks} lacks 1: every comparison starts from pass@1")
+        return self
 
 
 class Report(Section):

@@ -42,7 +42,7 @@ def table(figures: Figures, differences: Sequence[Mapping[str, Any]], critic: Ma
         _text(f"In percent, ± one standard error over {problems}. CE: cross-entropy of head 0 on held-out programs, nats per token."),
         grid(*_costs(figures)),
         _text("The policy's own training; critic, reference and warm-up are not counted."),
-        f"## Differences from {differences[0]['against']}",
+        f"## Differences from {differences[0]['against']}, and between the other methods",
         grid(*_differences(differences)),
         _text(
             f"In points. Interval: percentiles of {resamples:,} paired bootstrap resamples of problems. p: paired bootstrap for pass@1,"
@@ -109,10 +109,12 @@ def _costs(figures: Figures) -> Grid:
 
 
 def _differences(differences: Sequence[Mapping[str, Any]]) -> Grid:
+    usual = differences[0]["against"]
     header = ["method", "benchmark", "measure", "difference", "95 % interval", "p", "Holm p ", "MDE"]
     rows = [
         [
-            one["method"], _title(one["benchmark"]), one["measure"], _points(one["difference"]),
+            one["method"] if one["against"] == usual else f"{one['method']} - {one['against']}",
+            _title(one["benchmark"]), one["measure"], _points(one["difference"]),
             f"{_points(one['low'])} to {_points(one['high'])}", _p(one["p"]), _p(one["p_holm"]) + ("*" if one["p_holm"] < ALPHA else " "),
             "n/a" if one["mde"] is None else f"{100 * one['mde']:.1f}",
         ]

@@ -68,9 +68,19 @@ class Plan:
 
 
 def train_step(
-    model: nn.Module, optimizer: torch.optim.Optimizer, objective: Objective, step: Batch, world: World, token_budget: int, clip_norm: float
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    objective: Objective,
+    step: Batch,
+    world: World,
+    token_budget: int,
+    clip_norm: float,
+    mixed: bool = False,
 ) -> tuple[dict[str, Tensor], Tensor]:
-    """One update from one whole step; returns this rank's sums for the log and the gradient norm before clipping."""
+    """One update from one whole step; returns this rank's sums for the log and the gradient norm before clipping.
+
+    `mixed` multiplies in bfloat16; weights, gradients and moments keep the model's own type: a step of 1e-5 is lost on bfloat16 weights.
+    """
     step = objective.prepare(step)
     # DDP and FSDP average gradients over ranks; this turns the average back into the sum.
     scale = world.size / objective.count(step)
@@ -78,7 +88,8 @@ def train_step(
     sums: dict[str, Tensor] = {}
     for number, batch in enumerate(batches):
         with _last_one_synchronises(model, number == len(batches) - 1):
-            loss, parts = objective.loss(model, batch.to(world.device))
+            with torch.autocast(world.device.type, torch.bfloat16, enabled=mixed):
+                loss, parts = objective.loss(model, batch.to(world.device))
             (loss * scale).backward()
         sums = {name: part + sums[name] if sums else part for name, part in parts.items()}
     norm = nn.utils.clip_grad_norm_(model.parameters(), clip_norm)
@@ -106,6 +117,7 @@ def fit(
     world: World,
     *,
     parallel: str = "ddp",
+    mixed: bool = False,
     scratch: Path | None = None,
     label: str = "train",
     on_log: Callable[[int, dict[str, float]], None] | None = None,
@@ -127,7 +139,7 @@ def fit(
                 group["lr"] = rate
             try:
                 sums, norm = train_step(
-                    wrapped, optimizer, objective, plan.step(number), world, settings.micro_batch_tokens, settings.clip_norm
+                    wrapped, optimizer, objective, plan.step(number), world, settings.micro_batch_tokens, settings.clip_norm, mixed
                 )
             except NotFinite as error:
                 raise NotFinite(
@@ -167,8 +179,8 @@ def fitted(
     key = checkpoint.fingerprint(tracked, dict(inputs), world.size)
     with checkpoint.scratch(stage, key, world) as folder:
         yield fit(
-            model, objective, plan, params.optimizer, world, parallel=params.run.parallel, scratch=folder, label=stage,
-            on_log=on_log if world.is_first else None,
+            model, objective, plan, params.optimizer, world, parallel=params.run.parallel, mixed=params.run.dtype == "bfloat16",
+            scratch=folder, label=stage, on_log=on_log if world.is_first else None,
         )  # fmt: skip
 
 
@@ -185,7 +197,7 @@ def tune(
     """Uniform training on the split's correct programs, every head that the start has: the warm-up and the reference. Writes `out`."""
     settings, data = params[section], TokenData(processed, split)
     check_same_tokenizer(data.tokenizer_sha256, start, f"{section}.start")
-    model = load_bundle(start, dtype=getattr(torch, params.run.dtype), device=world.device)
+    model = load_bundle(start, dtype=torch.float32, device=world.device)
     plan = Plan(
         data,
         data.correct_rows(),

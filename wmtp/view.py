@@ -39,6 +39,9 @@ class View:
 
     def __getattr__(self, name: str) -> Any:
         path = f"{self._path}{name}"
+        known = self._values if isinstance(self._values, dict) else type(self._values).model_fields
+        if name not in known:
+            raise ParameterError(f"stage {self._stage} reads {path}, which does not exist; known there: {', '.join(known)}")
         value = self._values[name] if isinstance(self._values, dict) else getattr(self._values, name)
         if any(path == key or path.startswith(f"{key}.") for key in self._declared):
             return value

@@ -75,8 +75,9 @@ def joined(device: str) -> Iterator[World]:
 
 def _join(device: str) -> World:
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    kind = pick_device(device)
-    place = torch.device(kind, int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count()) if kind == "cuda" else torch.device(kind)
+    local_rank, local_size = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", size))
+    kind = pick_device(device, local_size)
+    place = torch.device(kind, local_rank) if kind == "cuda" else torch.device(kind)
     if kind == "cuda":
         torch.cuda.set_device(place)
     if size > 1 and not dist.is_initialized():
@@ -84,9 +85,13 @@ def _join(device: str) -> World:
     return World(rank, size, place)
 
 
-def pick_device(device: str) -> str:
-    if device != "auto":
-        return device
-    if torch.cuda.is_available():
-        return "cuda"
-    return "mps" if torch.backends.mps.is_available() else "cpu"
+def pick_device(device: str, local_size: int) -> str:
+    """`auto` takes accelerators only where each of this machine's `local_size` ranks has one of its own, else the CPU."""
+    found = {"cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available()), "cpu": local_size}
+    if device == "auto":
+        return next(kind for kind in ("cuda", "mps", "cpu") if found[kind] >= local_size)
+    if found[device] < local_size:
+        raise ValueError(
+            f"run.device {device}: {local_size} processes on this machine, found {found[device]} of them; lower run.n_processes"
+        )
+    return device
