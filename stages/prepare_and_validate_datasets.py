@@ -12,9 +12,11 @@ from wmtp.records import write_jsonl, write_text
 def work(params: Any, track: Any, raw: str, bundle: str, out: str, report: str) -> dict[str, Any]:
     corpus = raw_data.read_raw(Path(raw))
     data, easy = params.data, {"warm_up": params.data.warm_up_difficulty}
-    parts = splits.assign(corpus.training, data.splits.model_dump(), params.seed, data.max_problems, easy)
+    training = splits.without_benchmarks(corpus.training, corpus.benchmarks)
+    parts = splits.assign(training, data.splits.model_dump(), params.seed, data.max_problems, easy)
     tokenizer = tokens.Tokenizer(bundle)
-    figures: dict[str, Any] = {"dropped": dict(corpus.dropped)}
+    repeated = len(corpus.training) - len(training)
+    figures: dict[str, Any] = {"dropped": {**corpus.dropped, "statement of a benchmark problem": repeated}}
     counts = {}
     for name, part in parts.items():
         rows, dropped = tokens.encode_split(tokenizer, part, corpus.solutions, params.data.template, params.data.max_length)

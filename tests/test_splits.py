@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from wmtp.records import Problem, StdioTests
-from wmtp.splits import SplitError, assign, check_disjoint
+from wmtp.splits import SplitError, assign, check_disjoint, without_benchmarks
 
 SHARES = {"warm_up": 0.5, "policy": 0.3, "validation": 0.2}
 
@@ -100,3 +100,11 @@ def test_a_benchmark_group_among_the_training_problems_is_an_error():
 
 def test_distinct_benchmarks_pass():
     check_disjoint({"policy": [problem("a", "1")], "critic": [problem("b", "2")]}, {"mbpp": [problem("mbpp/11", "mbpp/11")]})
+
+
+def test_what_repeats_a_benchmark_is_left_out_of_training():
+    held_out = {"b": [problem("b/1", "x", "Print   the\nsum."), problem("b/2", "y")]}
+    made = [problem("t/1", "z", "Print the sum."), problem("t/2", "y"), problem("t/3", "z")]
+    kept = without_benchmarks(made, held_out)
+    assert [one.task_id for one in kept] == ["t/3"]
+    check_disjoint({"policy": kept}, held_out)

@@ -42,6 +42,17 @@ def assign(
     return {name: part[:max_problems] for name, part in parts.items()}
 
 
+def without_benchmarks(problems: Sequence[Problem], benchmarks: Mapping[str, Sequence[Problem]]) -> list[Problem]:
+    """The problems whose statement and group are no benchmark's: MBPP's training part, for one, repeats a task of its test part."""
+    held_out = [problem for benchmark in benchmarks.values() for problem in benchmark]
+    statements, groups = {_words(problem) for problem in held_out}, {problem.group for problem in held_out}
+    return [problem for problem in problems if _words(problem) not in statements and problem.group not in groups]
+
+
+def _words(problem: Problem) -> str:
+    return " ".join(problem.statement.split())
+
+
 def check_disjoint(parts: Mapping[str, Sequence[Problem]], benchmarks: Mapping[str, Sequence[Problem]]) -> None:
     """No group in two splits, no benchmark problem's group or exact statement among the training problems."""
     owner: dict[str, str] = {}
@@ -49,10 +60,9 @@ def check_disjoint(parts: Mapping[str, Sequence[Problem]], benchmarks: Mapping[s
         for group in sorted({problem.group for problem in part}):
             if owner.setdefault(group, name) != name:
                 raise SplitError(f"group {group} lies in splits {owner[group]} and {name}")
-    statements = {" ".join(problem.statement.split()): problem.task_id for part in parts.values() for problem in part}
+    statements = {_words(problem): problem.task_id for part in parts.values() for problem in part}
     for name, benchmark in benchmarks.items():
         for problem in benchmark:
-            text = " ".join(problem.statement.split())
-            if problem.group in owner or text in statements:
-                twin = statements.get(text, problem.group)
+            if problem.group in owner or _words(problem) in statements:
+                twin = statements.get(_words(problem), problem.group)
                 raise SplitError(f"{name} problem {problem.task_id} is also a training problem ({twin}); remove it from the training data")
