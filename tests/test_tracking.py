@@ -404,7 +404,7 @@ def test_the_address_in_the_environment_wins_from_the_root_and_outside_dvc_the_k
     assert run.info.artifact_uri.startswith((repository / ".mlflow" / "artifacts").as_uri())
 
 
-@pytest.mark.slow
+@pytest.mark.stress
 def test_a_real_server(tmp_path):
     from mlflow.tracking.client import MlflowClient
 
