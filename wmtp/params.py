@@ -32,8 +32,8 @@ class SyntheticCheckpoint(Section):
     kind: Literal["synthetic"]
     dim: Positive = Field(description="width of the residual stream")
     n_layers: Positive = Field(description="blocks, extra heads included, as Meta counts")
-    n_heads: Positive
-    n_kv_heads: Positive
+    n_heads: Positive = Field(description="heads of attention in a block; divides dim")
+    n_kv_heads: Positive = Field(description="heads of keys and values; divides n_heads")
     vocab_size: Annotated[int, Field(ge=300)] = Field(description="pieces; 256 of them are bytes")
     multiple_of: Positive = Field(description="the feed-forward width is rounded up to a multiple of this")
     n_future_tokens: Positive = Field(description="heads, F")
@@ -60,8 +60,8 @@ class SyntheticData(Section):
     kind: Literal["synthetic"]
     n_train_compositions: Positive = Field(description="problems with one correct and one incorrect program")
     n_eval_problems: Annotated[int, Field(ge=1, le=500)] = Field(description="problems of each benchmark")
-    min_operations: Positive
-    max_operations: Positive
+    min_operations: Positive = Field(description="least operations of a composition")
+    max_operations: Positive = Field(description="most operations of a composition")
 
     @model_validator(mode="after")
     def _ordered(self) -> "SyntheticData":
@@ -73,8 +73,8 @@ class SyntheticData(Section):
 class DataFolders(Section):
     codecontests: str | None = Field(description="folder with problems.jsonl.gz and solutions.jsonl.gz")
     functions: str | None = Field(description="folder of function problems with right and wrong programs")
-    humaneval: str
-    mbpp: str
+    humaneval: str = Field(description="folder with HumanEval's jsonl")
+    mbpp: str = Field(description="folder with MBPP's jsonl")
 
 
 class LocalData(Section):
@@ -92,28 +92,30 @@ class HubData(Section):
 
 
 class Source(Section):
-    checkpoint: Annotated[SyntheticCheckpoint | LocalCheckpoint | HubCheckpoint, Field(discriminator="kind")]
-    data: Annotated[SyntheticData | LocalData | HubData, Field(discriminator="kind")]
+    checkpoint: Annotated[SyntheticCheckpoint | LocalCheckpoint | HubCheckpoint, Field(discriminator="kind")] = Field(
+        description="synthetic | local | huggingface"
+    )
+    data: Annotated[SyntheticData | LocalData | HubData, Field(discriminator="kind")] = Field(description="synthetic | local | huggingface")
 
 
 class Micro(Section):
-    dim: Positive
-    n_layers: Positive
-    n_heads: Positive
-    n_kv_heads: Positive
-    vocab_size: Annotated[int, Field(ge=260)]
-    multiple_of: Positive
+    dim: Positive = Field(description="width of the residual stream, at most the base's")
+    n_layers: Positive = Field(description="blocks, extra heads included, at most the base's")
+    n_heads: Positive = Field(description="heads of attention in a block; divides dim")
+    n_kv_heads: Positive = Field(description="heads of keys and values; divides n_heads")
+    vocab_size: Annotated[int, Field(ge=260)] = Field(description="first pieces of the base's tokenizer that are kept")
+    multiple_of: Positive = Field(description="the feed-forward width is rounded up to a multiple of this")
     layers: list[int] | None = Field(description="trunk blocks to keep, ascending; null: evenly spread")
-    max_megabytes: Annotated[float, Field(gt=0)]
+    max_megabytes: Annotated[float, Field(gt=0)] = Field(description="10^6 bytes that the bundle may have on disk")
 
 
 class Splits(Section):
     """Shares of the training problems; a group (round, composition) lies in one split only."""
 
-    warm_up: Fraction
-    policy: Fraction
-    reference: Fraction
-    critic: Fraction
+    warm_up: Fraction = Field(description="share of the problems")
+    policy: Fraction = Field(description="share of the problems: what the four methods train on")
+    reference: Fraction = Field(description="share of the problems")
+    critic: Fraction = Field(description="share of the problems")
     validation: Fraction = Field(description="held out: the critic's gate and the policies' validation loss")
 
     @model_validator(mode="after")
@@ -126,9 +128,11 @@ class Splits(Section):
 
 class Data(Section):
     tokenizer: str = Field(description="bundle whose tokenizer is used")
-    template: Literal["evaluation_notes", "alpaca"]
+    template: Literal["evaluation_notes", "alpaca"] = Field(
+        description="prompt of a training row; evaluation_notes adds the benchmarks' notes to alpaca's form"
+    )
     max_length: Annotated[int, Field(ge=16)] = Field(description="tokens, prompt and response; longer rows are shortened or dropped")
-    splits: Splits
+    splits: Splits = Field(description="shares that sum to 1")
     warm_up_difficulty: Positive | None = Field(description="the warm-up sees only problems of at most this difficulty; null: all")
     max_problems: Positive | None = Field(description="at most this many problems in each split")
 
@@ -136,16 +140,16 @@ class Data(Section):
 class Run(Section):
     n_processes: Positive = Field(description="torchrun workers")
     n_threads: Positive = Field(description="CPU threads of each worker")
-    device: Literal["auto", "cpu", "cuda", "mps"]
+    device: Literal["auto", "cpu", "cuda", "mps"] = Field(description="auto: cuda, else mps, else cpu")
     dtype: Literal["float32", "bfloat16"] = Field(description="of products; trained weights and optimizer moments stay float32")
-    parallel: Literal["ddp", "fsdp"]
+    parallel: Literal["ddp", "fsdp"] = Field(description="ddp: a copy a process; fsdp: weights, gradients and moments sharded")
     checkpoint_every: Positive = Field(description="optimizer steps between saves for resuming")
 
 
 class Optimizer(Section):
-    betas: tuple[float, float] = Field(strict=False)
-    eps: Annotated[float, Field(gt=0)]
-    weight_decay: Annotated[float, Field(ge=0)]
+    betas: tuple[float, float] = Field(strict=False, description="decay of the first and second moment, in [0, 1)")
+    eps: Annotated[float, Field(gt=0)] = Field(description="added to the root of the second moment")
+    weight_decay: Annotated[float, Field(ge=0)] = Field(description="per step, times the learning rate; matrices only")
     clip_norm: Annotated[float, Field(gt=0)] = Field(description="global L2 norm of the gradient")
     warmup_fraction: Fraction = Field(description="of the steps, linear")
     final_fraction: Fraction = Field(description="of the peak learning rate, at the last step")
@@ -155,7 +159,7 @@ class Optimizer(Section):
 class Tuning(Section):
     start: str = Field(description="bundle to start from")
     n_epochs: Annotated[float, Field(ge=0)] = Field(description="passes over its split, fractions allowed; 0 skips the tuning")
-    learning_rate: Annotated[float, Field(gt=0, lt=1)]
+    learning_rate: Annotated[float, Field(gt=0, lt=1)] = Field(description="peak, of AdamW")
     batch_rows: Positive = Field(description="rows of one optimizer step, over all processes")
 
 
@@ -185,7 +189,7 @@ class Policy(Section):
 
 class Training(Tuning):
     start: None = Field(default=None, exclude=True)
-    seed: Annotated[int, Field(ge=0)]
+    seed: Annotated[int, Field(ge=0)] = Field(description="order of the policy's rows, and sampling")
     n_epochs: Annotated[float, Field(gt=0)] = Field(description="passes over the policy split, fractions allowed")
     beta: Annotated[float, Field(gt=0)] = Field(description="temperature of exp(z / beta)")
     log_every: Positive = Field(description="optimizer steps")
@@ -220,19 +224,19 @@ AnyMethod = Annotated[UniformMethod | AdvantageMethod | ExcessMethod, Field(disc
 
 
 class Evaluation(Section):
-    humaneval_protocol: str
-    mbpp_protocol: str
+    humaneval_protocol: str = Field(description="name in wmtp.protocols: prompt, stop strings, cut")
+    mbpp_protocol: str = Field(description="name in wmtp.protocols: prompt, stop strings, cut")
     max_problems: Positive | None = Field(description="per benchmark; null: all")
     n_samples: Annotated[int, Field(ge=0)] = Field(description="sampled completions a problem, beside one greedy")
-    temperature: Annotated[float, Field(gt=0)]
-    top_p: Annotated[float, Field(gt=0, le=1)]
+    temperature: Annotated[float, Field(gt=0)] = Field(description="of the sampled completions")
+    top_p: Annotated[float, Field(gt=0, le=1)] = Field(description="least set of tokens with this probability is sampled from; 1: all")
     max_tokens: Positive = Field(description="generated tokens a completion")
     batch_rows: Positive = Field(description="sequences generated side by side, per process")
-    ks: list[Positive]
+    ks: list[Positive] = Field(description="k of pass@k; those above n_samples are left out")
     workers: Positive = Field(description="judging processes")
-    cpu_seconds: Annotated[float, Field(gt=0)]
-    wall_seconds: Annotated[float, Field(gt=0)]
-    memory_mb: Positive
+    cpu_seconds: Annotated[float, Field(gt=0)] = Field(description="CPU time of one test program")
+    wall_seconds: Annotated[float, Field(gt=0)] = Field(description="time on the clock of one test program")
+    memory_mb: Positive = Field(description="2^20 bytes of address space of one test program")
 
     @model_validator(mode="after")
     def _measures_pass_at_1(self) -> "Evaluation":
@@ -247,12 +251,12 @@ class Report(Section):
 
 
 class Tracking(Section):
-    enabled: bool
-    tags: dict[str, str]
+    enabled: bool = Field(description="log to MLflow; off or unreachable never changes a result")
+    tags: dict[str, str] = Field(description="of the parent run")
 
 
 class Params(Section):
-    seed: Annotated[int, Field(ge=0)]
+    seed: Annotated[int, Field(ge=0)] = Field(description="everything upstream of the policies")
     source: Source
     micro: Micro
     data: Data
@@ -267,7 +271,7 @@ class Params(Section):
     evaluation: Evaluation
     report: Report
     tracking: Tracking
-    log_level: Literal["quiet", "info", "debug"]
+    log_level: Literal["quiet", "info", "debug"] = Field(description="of the progress lines on stderr; debug shows tracebacks")
 
     @model_validator(mode="after")
     def _report_names_a_method(self) -> "Params":
