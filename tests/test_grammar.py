@@ -14,6 +14,7 @@ from wmtp.grammar import (
     FAMILIES,
     OPERATIONS,
     RESULTS,
+    TO_COMPUTE,
     Clause,
     Composition,
     draw_composition,
@@ -76,8 +77,13 @@ RESULT_WORDS = {
 }
 
 
+def computed(text: str) -> str:
+    """The statement with its differences worked out."""
+    return re.sub(r"\((\d\d) - (\d\d)\)", lambda match: str(int(match[1]) - int(match[2])), text)
+
+
 def by_the_words(text: str, xs: list[int]):
-    *operations, result = re.split(r", then |, and return ", text.rstrip("."))
+    *operations, result = re.split(r", then |, and return ", computed(text).rstrip("."))
     for words in operations:
         xs = understood(OPERATION_WORDS, words[0].lower() + words[1:], xs)
     return understood(RESULT_WORDS, result, xs)
@@ -131,10 +137,28 @@ def test_a_program_runs_as_its_statement_reads_in_both_forms(composition):
         assert run_contest(program(composition, "contest"), xs) == shown + "\n"
 
 
+def test_some_constants_are_given_as_a_difference_which_the_program_does_not_show():
+    clauses = [clause for composition in drawn(3000) for clause in composition.clauses if len(clause.group.constants) > 1]
+    worded = [clause for clause in clauses if clause.wording]
+    assert abs(len(worded) / len(clauses) - TO_COMPUTE) < 0.03
+    for clause in worded:
+        assert clause.wording in clause.phrase and clause.wording not in clause.expression
+        assert computed(clause.wording) == str(clause.constant)
+    assert {clause.constant for clause in worded} == set(range(1, 10))
+
+
+def test_a_mutant_of_a_worded_clause_has_the_words_of_its_own_constant():
+    rng = random.Random(3)
+    for composition in drawn(300):
+        mutant = draw_mutation(rng, composition)
+        changed = [new for new, old in zip(mutant.composition.clauses, composition.clauses) if new != old]
+        assert all(not clause.wording or mutant.kind == "order" for clause in changed)
+
+
 def test_equal_statements_mean_equal_programs_and_the_reverse():
     compositions = drawn(3000)
-    statements, programs = {statement(c) for c in compositions}, {program(c, "mbpp") for c in compositions}
-    assert len(statements) == len(programs) == len({(statement(c), program(c, "mbpp")) for c in compositions})
+    statements, programs = {computed(statement(c)) for c in compositions}, {program(c, "mbpp") for c in compositions}
+    assert len(statements) == len(programs) == len({(computed(statement(c)), program(c, "mbpp")) for c in compositions})
     assert {program(c, "contest").count("\n") for c in compositions} == {2, 3, 4}
 
 

@@ -167,11 +167,46 @@ def test_killed_in_the_middle_of_training_it_goes_on(finished):
     assert yaml.safe_load((finished / "dvc.lock").read_text()) == yaml.safe_load(before)
 
 
-def processes_in(folder: Path) -> list[int]:
+EACH = (
+    "fetch-checkpoint", "fetch-data", "convert-meta-checkpoint", "build-micro-model", "prepare-and-validate-datasets",
+    "warm-up", "tune-reference", "score-reference", "critic-pretrain", "score-critic", "train@verifiable", "sample@rho1",
+    "evaluate-humaneval-mbpp@start", "compare",
+)  # fmt: skip
+
+
+@pytest.mark.stress
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT], ids=["kill -9", "Ctrl-C"])
+@pytest.mark.parametrize("stage", EACH)
+def test_any_stage_may_be_stopped_and_the_next_repro_goes_on(finished, stage, how):
+    """Early, in its imports, and later, about where it writes; dvc and the stage die together, as by a power cut or in a terminal.
+
+    The stage must be running: killed while it writes its own lock file, DVC wants that file removed by hand (.dvc/tmp/rwlock).
+    """
+    before = yaml.safe_load((finished / "dvc.lock").read_text())
+    for seconds in (0.1, 1.5, 2.5):
+        command = ["dvc", "repro", "--force", "--single-item", stage]
+        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        started = subprocess.Popen(command, cwd=finished, env=environment(), start_new_session=True, **quiet)
+        while started.poll() is None and not processes_in(finished, b"stages."):
+            time.sleep(0.02)
+        time.sleep(seconds)
+        if processes_in(finished, b"stages."):
+            os.killpg(started.pid, how)
+        started.wait()
+        deadline = time.monotonic() + 30
+        while marked := processes_in(finished, b"stages."):
+            assert time.monotonic() < deadline, f"still alive: {marked}"
+            time.sleep(0.2)
+    run(finished, "dvc", "repro")
+    assert yaml.safe_load((finished / "dvc.lock").read_text()) == before
+    assert not list((finished / ".work").glob("*"))
+
+
+def processes_in(folder: Path, words: bytes = b"stages.train") -> list[int]:
     found = []
     for entry in Path("/proc").glob("[0-9]*"):
         try:
-            if os.readlink(entry / "cwd") == str(folder) and b"stages.train" in (entry / "cmdline").read_bytes():
+            if os.readlink(entry / "cwd") == str(folder) and words in (entry / "cmdline").read_bytes():
                 found.append(int(entry.name))
         except OSError:
             continue

@@ -2,7 +2,7 @@
 
 import itertools
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from wmtp.grammar import Composition, Value, compiled, function, mutations
 
@@ -16,9 +16,14 @@ MAX_SHARE = 0.85
 
 def stages(composition: Composition, xs: list[int]) -> list[list[int]] | None:
     """The list before and after each operation; None if one of them is empty or holds a value beyond LARGEST_VALUE."""
+    return trace([compiled(operation) for operation in composition.operations], xs)
+
+
+def trace(operations: Sequence[Callable[[list[int]], Value]], xs: list[int]) -> list[list[int]] | None:
+    """As `stages`, of operations that are compiled already."""
     lists = [xs]
-    for operation in composition.operations:
-        xs = compiled(operation)(xs)
+    for operation in operations:
+        xs = operation(xs)
         if not xs or min(xs) < -LARGEST_VALUE or max(xs) > LARGEST_VALUE:
             return None
         lists.append(xs)
@@ -31,10 +36,10 @@ def telling_cases(composition: Composition, inputs: Sequence[list[int]]) -> list
     Degenerate: few such inputs, the first of them not short, an operation that rarely changes its list, a last list that knows one
     value only, or nearly always the same result.
     """
-    result = compiled(composition.result)
+    operations, result = [compiled(operation) for operation in composition.operations], compiled(composition.result)
     cases, changes, seen = [], [], set()
     for xs in inputs:
-        if lists := stages(composition, xs):
+        if lists := trace(operations, xs):
             cases.append((xs, result(lists[-1])))
             changes.append([after != before for before, after in itertools.pairwise(lists)])
             seen.update(lists[-1])

@@ -11,7 +11,7 @@ import io
 import random
 import tokenize
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 Value = int | bool | list[int]
@@ -41,6 +41,7 @@ class Group:
 
 
 DIGITS = tuple(range(1, 10))
+TO_COMPUTE = 0.25  # share of constants that a statement gives as a difference
 COMPARISONS = (("above {k}", "> {k}"), ("below {k}", "< {k}"), ("at least {k}", ">= {k}"), ("at most {k}", "<= {k}"))
 
 OPERATIONS = (
@@ -105,14 +106,18 @@ RESULTS: dict[Family, tuple[Group, ...]] = {
 }
 
 
-class Clause(NamedTuple):
+@dataclass(frozen=True)
+class Clause:
+    """`wording` is how the statement gives the constant where it does not say it; what the clause means is the same without."""
+
     group: Group
     row: int
     constant: int
+    wording: str = field(default="", compare=False)
 
     @property
     def phrase(self) -> str:
-        return self.group.rows[self.row][0].format(k=self.constant)
+        return self.group.rows[self.row][0].format(k=self.wording or self.constant)
 
     @property
     def expression(self) -> str:
@@ -139,7 +144,15 @@ class Mutation(NamedTuple):
 def draw_clause(rng: random.Random, groups: tuple[Group, ...]) -> Clause:
     """A group with probability proportional to its columns, then a row and a constant, each uniformly."""
     group = rng.choices(groups, weights=[group.columns for group in groups])[0]
-    return Clause(group, rng.randrange(len(group.rows)), rng.choice(group.constants))
+    row, constant = rng.randrange(len(group.rows)), rng.choice(group.constants)
+    computed = len(group.constants) > 1 and rng.random() < TO_COMPUTE
+    return Clause(group, row, constant, difference(rng, constant) if computed else "")
+
+
+def difference(rng: random.Random, constant: int) -> str:
+    """For example "(61 - 54)" for 7: two numbers of two digits, the second uniform."""
+    smaller = rng.randint(10, 99 - constant)
+    return f"({smaller + constant} - {smaller})"
 
 
 def draw_composition(rng: random.Random, n_operations: int, family: Family) -> Composition:
@@ -147,7 +160,7 @@ def draw_composition(rng: random.Random, n_operations: int, family: Family) -> C
 
 
 def clause_mutants(clause: Clause) -> Iterator[tuple[Literal["operation", "constant"], Clause]]:
-    group, row, constant = clause
+    group, row, constant = clause.group, clause.row, clause.constant
     for other in group.neighbours(row):
         yield "operation", Clause(group, other, constant)
     for other in group.constants:
