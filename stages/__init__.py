@@ -19,12 +19,13 @@ def run(work: Callable[..., dict[str, Any] | None]) -> None:
     """
     stage, debug = os.environ.get("DVC_STAGE", Path(sys.argv[0]).stem), False
     try:
-        visible = view.load()
+        arguments, settings = view.split_arguments(sys.argv[1:])
+        visible = view.load(settings=settings)
         debug = visible.log_level == "debug"
         progress.set_level(visible.log_level)
         tracked = {key: value for key, value in visible.declared().items() if key not in params.OPERATIONAL}
         with stage_run(stage, tracked, visible.tracking.enabled, visible.tracking.tags) as track:
-            track.summary(work(visible, track, *sys.argv[1:]) or {})
+            track.summary(work(visible, track, *arguments) or {})
     except (ValueError, OSError, ArithmeticError, SafetensorError) as error:
         if debug:
             raise

@@ -1,4 +1,4 @@
-"""python -m stages.compare METRICS VERDICTS OUT: methods as rows, paired differences with intervals, the report with its pictures."""
+"""python -m stages.compare METRICS VERDICTS OUT METHOD...: methods as rows, paired differences with intervals, the report with its pictures."""
 
 import itertools
 import json
@@ -14,10 +14,12 @@ from wmtp.records import write_text
 START, AGAINST = "start", "baseline"
 
 
-def work(params: Any, track: Any, metrics: str, verdicts: str, out: str) -> dict[str, Any]:
+def work(params: Any, track: Any, metrics: str, verdicts: str, out: str, *names: str) -> dict[str, Any]:
     settings, folder = params.report, Path(out)
+    if settings.method not in names:
+        raise compare.CompareError(f"report.method {settings.method!r} is none of the methods compared: {', '.join(names)}")
     start = compare.read_result(START, Path(metrics), Path(verdicts), trained=False)
-    methods = [compare.read_result(name, Path(metrics), Path(verdicts)) for name in params.methods]
+    methods = [compare.read_result(name, Path(metrics), Path(verdicts)) for name in names]
     critic = compare.read_critic(Path(metrics) / "critic.json")
     others = itertools.combinations([method.name for method in methods if method.name != AGAINST], 2)
     pairs = [(later, earlier) for earlier, later in others]

@@ -1,6 +1,7 @@
 """The schema: every fault is one line that says what, where, expected and found; a stage sees what it declares."""
 
 import copy
+import shutil
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ import yaml
 from tests.house import ROOT
 from wmtp.overlay import merged
 from wmtp.params import ParameterError, Params, Section, read_yaml, validate
-from wmtp.view import declared_keys, load
+from wmtp.view import declared_keys, load, split_arguments
 
 COMMITTED = yaml.safe_load((ROOT / "params.yaml").read_text())
 
@@ -90,6 +91,51 @@ def test_numbers_as_dvc_writes_them_and_as_yaml_reads_them_not(tmp_path):
     (tmp_path / "params.yaml").write_text(text.replace("beta: 0.9 ", "beta: 1e-5 "))
     with pytest.raises(ParameterError, match=r"training\.beta: YAML reads 1e-5 as text, expected a number; write 1\.0e-5"):
         load(tmp_path)
+
+
+def test_declared_keys_fill_in_the_cell_of_a_matrix():
+    stage = {"matrix": {"arm": ["a", "b_c"], "seed": [1, 2]}, "params": ["m.${item.arm}", "s.${item.seed}"]}
+    assert declared_keys("train@b_c-2", {"stages": {"train": stage}}) == ["m.b_c", "s.2"]
+
+
+@pytest.fixture
+def pipeline_folder(tmp_path):
+    shutil.copy(ROOT / "params.yaml", tmp_path)
+    (tmp_path / "dvc.yaml").write_text("stages:\n  fit: {cmd: x, params: [training.beta]}\n")
+    (tmp_path / "more").mkdir()
+    (tmp_path / "more/dvc.yaml").write_text("stages:\n  fit: {cmd: x, params: [training.log_every]}\n")
+    return tmp_path
+
+
+def test_a_setting_in_the_command_replaces_and_declares_its_key(pipeline_folder, monkeypatch):
+    monkeypatch.setenv("DVC_STAGE", "fit")
+    rest, settings = split_arguments(["a=b", "models/x", "training.seed=7", "training.learning_rate=1.0e-3", "data.max_problems=null"])
+    assert rest == ["a=b", "models/x"]
+    view = load(pipeline_folder, settings)
+    assert (view.training.seed, view.training.learning_rate, view.data.max_problems) == (7, 0.001, None)
+    assert view.declared()["training.seed"] == 7
+    with pytest.raises(ParameterError, match="does not declare"):
+        _ = view.training.n_epochs
+
+
+@pytest.mark.parametrize("key", ["training.sed", "trainin.seed", "seed.seed"])
+def test_a_setting_of_an_unknown_key_is_an_error(pipeline_folder, key):
+    with pytest.raises(ParameterError, match=f"{key}=1: no such key"):
+        load(pipeline_folder, {key: 1})
+
+
+def test_a_bad_value_of_a_setting_is_one_line(pipeline_folder):
+    with pytest.raises(ParameterError, match=r"training\.seed: Input should be greater than or equal to 0, found -1"):
+        load(pipeline_folder, {"training.seed": -1})
+
+
+def test_a_stage_of_another_pipeline_file_declares_there(pipeline_folder, monkeypatch):
+    monkeypatch.setenv("DVC_STAGE", "more/dvc.yaml:fit")
+    assert load(pipeline_folder).training.log_every > 0
+    monkeypatch.setenv("DVC_STAGE", "fit")
+    monkeypatch.setenv("WMTP_PIPELINE", "more/dvc.yaml")
+    with pytest.raises(ParameterError, match="does not declare"):
+        _ = load(pipeline_folder).training.beta
 
 
 def test_declared_keys_fill_in_the_instance():

@@ -315,9 +315,13 @@ _Loader.yaml_implicit_resolvers = {first: list(pairs) for first, pairs in yaml.S
 _Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?e[-+]\d{2,}$"), list("-+0123456789"))
 
 
+def parse_yaml(text: str) -> Any:
+    return yaml.load(text, _Loader)
+
+
 def read_yaml(path: Path) -> dict[str, Any]:
     try:
-        values = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+        values = parse_yaml(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ParameterError(f"{path}: no such file; run from the root of the repository") from None
     except yaml.YAMLError as error:

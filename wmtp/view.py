@@ -3,15 +3,16 @@
 A value that DVC does not track must not be able to change a result.
 """
 
-import json
+import itertools
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel
 
-from wmtp.params import OPERATIONAL, ParameterError, Params, read_yaml, validate
+from wmtp.params import OPERATIONAL, ParameterError, Params, parse_yaml, read_yaml, validate
 
 
 def declared_keys(stage: str, pipeline: dict[str, Any]) -> list[str]:
@@ -23,12 +24,18 @@ def declared_keys(stage: str, pipeline: dict[str, Any]) -> list[str]:
     body = entry.get("do", entry)
     items = entry.get("foreach", {})
     item = items.get(instance) if isinstance(items, dict) else None
+    if axes := entry.get("matrix"):
+        cells = (dict(zip(axes, values)) for values in itertools.product(*axes.values()))
+        item = next(cell for cell in cells if "-".join(map(str, cell.values())) == instance)
 
     def fill(text: str) -> str:
-        text = text.replace("${key}", instance).replace("${item}", instance).replace("${item.method}", instance)
+        text = text.replace("${key}", instance).replace("${item}", instance)
         return re.sub(r"\$\{item\.(\w+)\}", lambda match: str(item[match[1]]), text)
 
     return [fill(key) for key in body.get("params", [])]
+
+
+SETTING = re.compile(r"([a-z]\w*(?:\.\w+)+)=(.*)", re.DOTALL)
 
 
 class View:
@@ -69,13 +76,34 @@ def _plain(value: Any) -> Any:
     return value.model_dump(mode="json") if isinstance(value, BaseModel) else value
 
 
-def load(root: Path = Path()) -> View:
-    """The parameters as the running stage may see them; by hand, without DVC, everything."""
-    whole = validate(read_yaml(root / "params.yaml"))
+def split_arguments(arguments: list[str]) -> tuple[list[str], dict[str, Any]]:
+    """A stage's arguments without those of the form section.key=value, and these by key: parameters of this stage alone.
+
+    They stand in the command, hence DVC tracks them as it tracks what a stage declares.
+    """
+    settings = [match for text in arguments if (match := SETTING.fullmatch(text))]
+    return [text for text in arguments if not SETTING.fullmatch(text)], {match[1]: parse_yaml(match[2]) for match in settings}
+
+
+def load(root: Path = Path(), settings: Mapping[str, Any] | None = None) -> View:
+    """The parameters as the running stage may see them; by hand, without DVC, everything. `settings` replace what the file says."""
+    values, settings = read_yaml(root / "params.yaml"), settings or {}
+    for key, value in settings.items():
+        _replace(values, key, value)
+    whole = validate(values)
     stage = os.environ.get("DVC_STAGE")
     if stage is None:
         return View(whole, list(Params.model_fields), "(by hand)")
-    if "WMTP_DECLARED" in os.environ:
-        return View(whole, json.loads(os.environ["WMTP_DECLARED"]), stage)
-    declared = declared_keys(stage, read_yaml(root / "dvc.yaml"))
-    return View(whole, declared + OPERATIONAL, stage)
+    file, _, name = stage.rpartition(":")
+    pipeline = os.environ.get("WMTP_PIPELINE", file or "dvc.yaml")
+    declared = declared_keys(name, read_yaml(root / pipeline))
+    return View(whole, [*declared, *settings, *OPERATIONAL], stage)
+
+
+def _replace(values: dict[str, Any], key: str, value: Any) -> None:
+    *sections, last = key.split(".")
+    for section in sections:
+        values = values.get(section, {}) if isinstance(values, dict) else {}
+    if not isinstance(values, dict) or last not in values:
+        raise ParameterError(f"{key}={value}: no such key in params.yaml; correct its spelling in the stage's command")
+    values[last] = value
