@@ -1,4 +1,4 @@
-"""python -m stages.compare METRICS VERDICTS OUT METHOD...: methods as rows, paired differences with intervals, the report with its pictures."""
+"""python -m stages.compare METRICS VERDICTS OUT METHOD...: methods as rows, paired differences, the report and its pictures."""
 
 import itertools
 import json

@@ -96,6 +96,8 @@ def test_numbers_as_dvc_writes_them_and_as_yaml_reads_them_not(tmp_path):
 def test_declared_keys_fill_in_the_cell_of_a_matrix():
     stage = {"matrix": {"arm": ["a", "b_c"], "seed": [1, 2]}, "params": ["m.${item.arm}", "s.${item.seed}"]}
     assert declared_keys("train@b_c-2", {"stages": {"train": stage}}) == ["m.b_c", "s.2"]
+    stage["matrix"]["arm"] = "${study.arms}"
+    assert declared_keys("train@b_c-2", {"stages": {"train": stage}}, {"study": {"arms": ["b_c"]}}) == ["m.b_c", "s.2"]
 
 
 @pytest.fixture
@@ -132,8 +134,6 @@ def test_a_bad_value_of_a_setting_is_one_line(pipeline_folder):
 def test_a_stage_of_another_pipeline_file_declares_there(pipeline_folder, monkeypatch):
     monkeypatch.setenv("DVC_STAGE", "more/dvc.yaml:fit")
     assert load(pipeline_folder).training.log_every > 0
-    monkeypatch.setenv("DVC_STAGE", "fit")
-    monkeypatch.setenv("WMTP_PIPELINE", "more/dvc.yaml")
     with pytest.raises(ParameterError, match="does not declare"):
         _ = load(pipeline_folder).training.beta
 

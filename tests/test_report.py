@@ -10,8 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from wmtp import report
-from wmtp.report import draw_scores, draw_training, gate_line, grid, table
+from wmtp import pages, report
+from wmtp.pages import grid
+from wmtp.report import draw_scores, draw_training, gate_line, table
 
 CRITIC = {
     "auc": 0.934, "auc_low": 0.912, "auc_high": 0.956, "length_auc": 0.52, "delta_std": 0.0834, "bug_localisation": 0.61,
@@ -161,9 +162,9 @@ def drawn(tmp_path_factory):
 @pytest.mark.parametrize("name", NAMES)
 def test_each_method_has_its_colour_in_both_pictures(drawn, name):
     seen = pixels(drawn / name)
-    for colour in report.COLOURS[:3]:
+    for colour in pages.COLOURS[:3]:
         assert (seen == rgb(colour)).all(1).sum() > 50
-    assert not (seen == rgb(report.COLOURS[3])).all(1).any()
+    assert not (seen == rgb(pages.COLOURS[3])).all(1).any()
 
 
 def test_equal_numbers_give_equal_bytes_whatever_the_users_settings(drawn, tmp_path):

@@ -4,72 +4,46 @@
 (metrics/METHOD/train.json, empty for the start). Differences are rows of metrics/differences.csv.
 """
 
-import contextlib
-import textwrap
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import NormalDist
 from typing import Any
 
-from wmtp.records import atomic_path
+from wmtp.pages import GREY, colour, figure, grid, marker, p_value, paragraph, points, title
 
 Figures = Mapping[str, Mapping[str, Mapping[str, float]]]
 Grid = tuple[list[str], list[list[str]], int]
 
 ALPHA = 0.05
 Z_95 = NormalDist().inv_cdf(0.975)
-TITLES = {"humaneval": "HumanEval form", "mbpp": "MBPP form"}
-LINE = 108  # characters of a line of text, about the width of the widest table
-# Okabe and Ito's colours, told apart by colour-blind readers; by the method's place, so that both pictures agree.
-COLOURS = ("#009E73", "#0072B2", "#D55E00", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-MARKERS = ("o", "s", "D", "^", "v", "P", "X")
-GREY = "#777777"
-STYLE = {
-    "font.family": "DejaVu Sans", "font.size": 9, "axes.titlesize": 10, "axes.labelsize": 9, "legend.fontsize": 8.5,
-    "legend.frameon": False, "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": "#444444", "xtick.color": "#444444",
-    "ytick.color": "#444444", "xtick.labelcolor": "black", "ytick.labelcolor": "black", "axes.grid": True, "axes.grid.axis": "y",
-    "grid.color": "#E4E4E4", "grid.linewidth": 0.7, "axes.axisbelow": True, "savefig.dpi": 200,
-}  # fmt: skip
 
 
 def table(figures: Figures, differences: Sequence[Mapping[str, Any]], critic: Mapping[str, Any], resamples: int) -> str:
     """The page as GitHub markdown, columns padded for a terminal; `critic` is metrics/critic.json."""
     counts = {one["benchmark"]: one["n_problems"] for one in differences}
-    problems = " and ".join(f"{n} problems ({_title(benchmark)})" for benchmark, n in counts.items())
+    problems = " and ".join(f"{n} problems ({title(benchmark)})" for benchmark, n in counts.items())
     blocks = [
         "## Methods",
         grid(*_scores(figures)),
-        _text(f"In percent, ± one standard error over {problems}. CE: cross-entropy of head 0 on held-out programs, nats per token."),
+        paragraph(f"In percent, ± one standard error over {problems}. CE: cross-entropy of head 0 on held-out programs, nats per token."),
         grid(*_costs(figures)),
-        _text("The policy's own training; critic, reference and warm-up are not counted."),
+        paragraph("The policy's own training; critic, reference and warm-up are not counted."),
         f"## Differences from {differences[0]['against']}, and between the other methods",
         grid(*_differences(differences)),
-        _text(
+        paragraph(
             f"In points. Interval: percentiles of {resamples:,} paired bootstrap resamples of problems. p: paired bootstrap for pass@1,"
             f" exact McNemar for greedy. Holm p: adjusted for all {len(differences)} rows (*: below {ALPHA:g}). MDE: minimum detectable"
             " effect, the smallest true difference that one unadjusted 5 % test would find with 80 % power; n/a where no problem differs."
         ),
         "## Critic",
-        _text(gate_line(critic)),
+        paragraph(gate_line(critic)),
         "## What the intervals cover",
-        _text(
+        paragraph(
             "The choice of problems only: each method was trained once, with one training seed, and another seed may move its numbers"
             " beyond these intervals."
         ),
     ]
     return "\n\n".join(blocks) + "\n"
-
-
-def grid(header: Sequence[str], rows: Sequence[Sequence[str]], n_left: int) -> str:
-    """A markdown table; the first `n_left` columns hold words, the others numbers, aligned right."""
-    widths = [max(len(row[column]) for row in (header, *rows)) for column in range(len(header))]
-
-    def line(cells: Sequence[str]) -> str:
-        padded = [cell.ljust(width) if i < n_left else cell.rjust(width) for i, (cell, width) in enumerate(zip(cells, widths))]
-        return f"| {' | '.join(padded)} |"
-
-    rule = "|".join("-" * (width + 2) if i < n_left else "-" * (width + 1) + ":" for i, width in enumerate(widths))
-    return "\n".join([line(header), f"|{rule}|", *map(line, rows)])
 
 
 def gate_line(critic: Mapping[str, Any]) -> str:
@@ -92,7 +66,7 @@ def _scores(figures: Figures) -> Grid:
     for benchmark in _benchmarks(figures):
         keys = _keys(next(iter(figures.values()))[benchmark])
         columns += [(benchmark, key) for key in keys]
-        header += [f"{_title(benchmark)} {keys[0]}", *keys[1:]]
+        header += [f"{title(benchmark)} {keys[0]}", *keys[1:]]
     rows = []
     for name, sections in figures.items():
         cells = [(100 * sections[benchmark][key], 100 * sections[benchmark][f"{key}_stderr"]) for benchmark, key in columns]
@@ -114,8 +88,9 @@ def _differences(differences: Sequence[Mapping[str, Any]]) -> Grid:
     rows = [
         [
             one["method"] if one["against"] == usual else f"{one['method']} - {one['against']}",
-            _title(one["benchmark"]), one["measure"], _points(one["difference"]),
-            f"{_points(one['low'])} to {_points(one['high'])}", _p(one["p"]), _p(one["p_holm"]) + ("*" if one["p_holm"] < ALPHA else " "),
+            title(one["benchmark"]), one["measure"], points(one["difference"]),
+            f"{points(one['low'])} to {points(one['high'])}", p_value(one["p"]),
+            p_value(one["p_holm"]) + ("*" if one["p_holm"] < ALPHA else " "),
             "n/a" if one["mde"] is None else f"{100 * one['mde']:.1f}",
         ]
         for one in differences
@@ -133,32 +108,16 @@ def _keys(benchmark: Mapping[str, float]) -> list[str]:
     return [*(f"pass@{k}" for k in dict.fromkeys([*ks[:1], *ks[-1:]])), "greedy"]
 
 
-def _title(benchmark: str) -> str:
-    return TITLES.get(benchmark, benchmark)
-
-
-def _points(share: float) -> str:
-    return f"{100 * share:+z.1f}".replace("+0.0", "0.0")
-
-
-def _p(p: float) -> str:
-    return "<0.001" if p < 0.001 else f"{p:.3f}"
-
-
-def _text(text: str) -> str:
-    return textwrap.fill(text, LINE, break_long_words=False, break_on_hyphens=False)
-
-
 def draw_scores(figures: Figures, start: str, path: Path) -> None:
     """pass@1 with its 95 % interval over problems, one panel a benchmark, the common start as a dashed line; greedy if none was sampled."""
     methods = [name for name in figures if name != start]
     benchmarks = _benchmarks(figures)
     measure = _keys(figures[start][benchmarks[0]])[0]
-    with _figure(path, (3.6 * len(benchmarks), 3.1), len(benchmarks), sharey=True) as panels:
+    with figure(path, (3.6 * len(benchmarks), 3.1), len(benchmarks), sharey=True) as panels:
         for panel, benchmark in zip(panels, benchmarks):
             for place, name in enumerate(methods):
                 score, reach = _interval(figures[name][benchmark], measure)
-                panel.errorbar(place, score, reach, color=_colour(place), marker=_marker(place), ms=6, capsize=3, lw=1.6)
+                panel.errorbar(place, score, reach, color=colour(place), marker=marker(place), ms=6, capsize=3, lw=1.6)
                 panel.annotate(f"{score:.1f}", (place, score), (7, 0), textcoords="offset points", va="center", fontsize=8.5)
             begun = 100 * figures[start][benchmark][measure]
             panel.axhline(begun, color=GREY, ls=(0, (5, 3)), lw=1.1, zorder=1)
@@ -166,7 +125,7 @@ def draw_scores(figures: Figures, start: str, path: Path) -> None:
                 f"{start} {begun:.1f}", (1, begun), (0, 4), xycoords=("axes fraction", "data"), ha="right", textcoords="offset points",
                 color=GREY, fontsize=8.5, bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5},
             )  # fmt: skip
-            panel.set_title(f"{_title(benchmark)}, {figures[start][benchmark]['n_problems']} problems", loc="left")
+            panel.set_title(f"{title(benchmark)}, {figures[start][benchmark]['n_problems']} problems", loc="left")
             panel.set_xticks(range(len(methods)), methods)
             panel.set_xlim(-0.5, len(methods) - 0.3)
             panel.tick_params(axis="x", length=0)
@@ -176,15 +135,15 @@ def draw_scores(figures: Figures, start: str, path: Path) -> None:
 
 def draw_training(figures: Figures, logs: Mapping[str, Mapping[str, Sequence[float]]], path: Path) -> None:
     """The loss that each method minimises, the cross-entropy of head 0 that all share, both by step; validation per head at the end."""
-    with _figure(path, (10.2, 3.1), 3) as (loss, shared, heads):
+    with figure(path, (10.2, 3.1), 3) as (loss, shared, heads):
         for place, name in enumerate(name for name in figures if name in logs):
-            look = {"color": _colour(place), "label": name, "lw": 1.2}
+            look = {"color": colour(place), "label": name, "lw": 1.2}
             loss.plot(logs[name]["step"], logs[name]["loss"], **look)
             shared.plot(logs[name]["step"], logs[name]["ce_head0"], **look)
             training = figures[name]["training"]
             n_heads = sum(key.startswith("validation_ce_head") for key in training)
             ce = [training[f"validation_ce_head{head}"] for head in range(n_heads)]
-            heads.plot(range(n_heads), ce, marker=_marker(place), ms=5, **look)
+            heads.plot(range(n_heads), ce, marker=marker(place), ms=5, **look)
         for panel, title in ((loss, "Loss as trained: weighted, all heads"), (shared, "Training: next token, unweighted")):
             panel.set_title(title, loc="left")
             panel.set_xlabel("optimizer step")
@@ -194,14 +153,6 @@ def draw_training(figures: Figures, logs: Mapping[str, Mapping[str, Sequence[flo
         heads.set_xticks(range(max(len(line.get_xdata()) for line in heads.lines)))
         loss.set_ylabel("cross-entropy, nats per token")
         heads.legend()
-
-
-def _colour(place: int) -> str:
-    return COLOURS[place % len(COLOURS)]
-
-
-def _marker(place: int) -> str:
-    return MARKERS[place % len(MARKERS)]
 
 
 def _interval(benchmark: Mapping[str, float], measure: str) -> tuple[float, float]:
@@ -225,21 +176,3 @@ def _log_scale(panel: Any) -> None:
     panel.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
     panel.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     panel.yaxis.set_minor_locator(NullLocator())
-
-
-@contextlib.contextmanager
-def _figure(path: Path, size: tuple[float, float], n_panels: int, **options: Any) -> Iterator[Any]:
-    """Yields `n_panels` axes side by side; afterwards they are a PNG at `path`. The user's own matplotlib settings do not count."""
-    import matplotlib
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    with matplotlib.rc_context():
-        matplotlib.rcdefaults()
-        matplotlib.rcParams.update(STYLE)
-        figure = Figure(figsize=size, layout="constrained")
-        FigureCanvasAgg(figure)
-        yield figure.subplots(1, n_panels, squeeze=False, **options)[0]
-        with atomic_path(path) as temporary:
-            # The library's version, which it writes by default, would make equal pictures differ.
-            figure.savefig(temporary, format="png", metadata={"Software": None})

@@ -15,8 +15,11 @@ from pydantic import BaseModel
 from wmtp.params import OPERATIONAL, ParameterError, Params, parse_yaml, read_yaml, validate
 
 
-def declared_keys(stage: str, pipeline: dict[str, Any]) -> list[str]:
-    """The parameter keys that dvc.yaml lists for `stage` (`train@rho1`: `item` and `key` of its foreach or matrix filled in)."""
+def declared_keys(stage: str, pipeline: dict[str, Any], values: Mapping[str, Any] | None = None) -> list[str]:
+    """The parameter keys that dvc.yaml lists for `stage` (`train@rho1`: `item` and `key` of its foreach or matrix filled in).
+
+    An axis of a matrix may be a list in the parameters, "${study.arms}"; `values` are the parameters.
+    """
     name, _, instance = stage.partition("@")
     entry = pipeline["stages"].get(name)
     if entry is None:
@@ -25,7 +28,8 @@ def declared_keys(stage: str, pipeline: dict[str, Any]) -> list[str]:
     items = entry.get("foreach", {})
     item = items.get(instance) if isinstance(items, dict) else None
     if axes := entry.get("matrix"):
-        cells = (dict(zip(axes, values)) for values in itertools.product(*axes.values()))
+        lists = [_resolve(values, axis.strip("${}")) if isinstance(axis, str) else axis for axis in axes.values()]
+        cells = (dict(zip(axes, cell)) for cell in itertools.product(*lists))
         item = next(cell for cell in cells if "-".join(map(str, cell.values())) == instance)
 
     def fill(text: str) -> str:
@@ -95,8 +99,7 @@ def load(root: Path = Path(), settings: Mapping[str, Any] | None = None) -> View
     if stage is None:
         return View(whole, list(Params.model_fields), "(by hand)")
     file, _, name = stage.rpartition(":")
-    pipeline = os.environ.get("WMTP_PIPELINE", file or "dvc.yaml")
-    declared = declared_keys(name, read_yaml(root / pipeline))
+    declared = declared_keys(name, read_yaml(root / (file or "dvc.yaml")), values)
     return View(whole, [*declared, *settings, *OPERATIONAL], stage)
 
 

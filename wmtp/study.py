@@ -1,0 +1,133 @@
+"""Arms times training seeds: what remains of a difference when problems and seeds are both drawn anew (METHODS, "Statistics").
+
+Arms of one seed read the same rows in the same order, so a contrast is paired by seed and by problem. All arms share the critic, the
+reference, the warm-up and the benchmarks: the intervals speak of other training seeds and other problems of the same kind, not of another
+critic or another draw of the training set.
+"""
+
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from wmtp.compare import ALPHA, BLOCK, CompareError, Result, bootstrap_p, check_comparable, holm, mcnemar, minimum_detectable, read_result
+
+MEASURE = "pass@1"
+SEED = 0  # of the resampling
+PRIMARY = (("verifiable", "baseline"), ("verifiable", "shuffled"), ("verifiable", "position_only"))
+MAX_ENUMERATED = 20
+
+
+@dataclass(frozen=True)
+class Contrast:
+    """score(arm) - score(against) as a share of 1, mean over seeds and problems; `low` and `high` of its 95 % interval.
+
+    `p` is the two-way bootstrap's, `p_wilcoxon` and `p_sign` are exact over the seeds' means. `p_holm` adjusts `p` for all contrasts of
+    the same table: the primary ones, or all others. `mde`: smallest true difference found with 80 % power at this standard error.
+    """
+
+    arm: str
+    against: str
+    benchmark: str
+    primary: bool
+    n_seeds: int
+    n_problems: int
+    difference: float
+    stderr: float
+    low: float
+    high: float
+    seeds_better: int
+    seeds_worse: int
+    p: float
+    p_holm: float
+    p_wilcoxon: float
+    p_sign: float
+    mde: float | None
+
+
+def read_arms(arms: Sequence[str], seeds: Sequence[int], metrics: Path, verdicts: Path) -> dict[str, list[Result]]:
+    """Each arm's results in the order of `seeds`, all comparable with each other; CompareError where one is missing or differs."""
+    found = {arm: [read_result(f"{arm}-{seed}", metrics, verdicts) for seed in seeds] for arm in arms}
+    check_comparable([result for results in found.values() for result in results])
+    return found
+
+
+def scores(results: Sequence[Result], benchmark: str) -> np.ndarray:
+    """Shares of passing samples [seeds, problems], problems in the order of their ids."""
+    return np.array([[result.scores[benchmark, MEASURE][task] for task in sorted(result.scores[benchmark, MEASURE])] for result in results])
+
+
+def resampled_means(d_SP: np.ndarray, resamples: int) -> np.ndarray:
+    """Means over seeds and problems, both drawn with replacement and independently of each other, [resamples]."""
+    rng = np.random.Generator(np.random.PCG64(SEED))
+    n_seeds, n_problems = d_SP.shape
+    found = []
+    for done in range(0, resamples, BLOCK):
+        size = min(BLOCK, resamples - done)
+        seeds_RS = rng.multinomial(n_seeds, np.full(n_seeds, 1 / n_seeds), size)
+        problems_RP = rng.multinomial(n_problems, np.full(n_problems, 1 / n_problems), size)
+        found.append(((seeds_RS @ d_SP) * problems_RP).sum(1) / (n_seeds * n_problems))
+    return np.round(np.concatenate(found), 12)
+
+
+def wilcoxon(d: Sequence[float]) -> float:
+    """Exact two-sided signed-rank p-value by enumeration of all signs; zeros are dropped, ties share their mean rank."""
+    d = np.array([value for value in d if value != 0])
+    if not len(d):
+        return 1.0
+    if len(d) > MAX_ENUMERATED:
+        raise CompareError(f"Wilcoxon over {len(d)} seeds, expected at most {MAX_ENUMERATED}; use fewer seeds in study.seeds")
+    _, place, counts = np.unique(np.abs(d).round(12), return_inverse=True, return_counts=True)
+    ranks = (np.cumsum(counts) - (counts - 1) / 2)[place]
+    signs = np.array(list(itertools.product((0, 1), repeat=len(d))))
+    middle = ranks.sum() / 2
+    return float(np.mean(np.abs(signs @ ranks - middle) >= abs(ranks[d > 0].sum() - middle) - 1e-9))
+
+
+def contrast(arm: str, ours: np.ndarray, against: str, theirs: np.ndarray, benchmark: str, resamples: int) -> Contrast:
+    """One difference, p not yet adjusted. `ours` and `theirs` are [seeds, problems] of the same seeds and problems."""
+    d_SP = np.round(ours - theirs, 12)
+    means, by_seed = resampled_means(d_SP, resamples), np.round(d_SP.mean(1), 12)
+    low, high = np.quantile(means, [ALPHA / 2, 1 - ALPHA / 2])
+    stderr, p = float(means.std(ddof=1)), bootstrap_p(means)
+    better, worse = int((by_seed > 0).sum()), int((by_seed < 0).sum())
+    return Contrast(
+        arm, against, benchmark, (arm, against) in PRIMARY, *d_SP.shape, float(d_SP.mean()), stderr, float(low), float(high),
+        better, worse, p, p, wilcoxon(by_seed), mcnemar(better, worse), minimum_detectable(stderr),
+    )  # fmt: skip
+
+
+def contrasts(found: Mapping[str, Sequence[Result]], against: str, resamples: int) -> list[Contrast]:
+    """The primary contrasts whose arms are there, then every other arm against `against`; Holm within each of the two."""
+    if against not in found:
+        raise CompareError(f"study.arms: {against} is missing, expected it as the arm that all others are compared with")
+    pairs = [pair for pair in PRIMARY if set(pair) <= set(found)]
+    others = [(arm, against) for arm in found if arm != against and (arm, against) not in pairs]
+    benchmarks = list(found[against][0].evaluation)
+    score = {(arm, benchmark): scores(found[arm], benchmark) for arm in found for benchmark in benchmarks}
+    tables = []
+    for table in (pairs, others):
+        each = [
+            contrast(arm, score[arm, benchmark], other, score[other, benchmark], benchmark, resamples)
+            for benchmark in benchmarks
+            for arm, other in table
+        ]
+        tables += [replace(one, p_holm=p) for one, p in zip(each, holm([one.p for one in each]))]
+    return tables
+
+
+def arm_rows(found: Mapping[str, Sequence[Result]]) -> list[dict[str, Any]]:
+    """One row an arm: pass@1 by benchmark and validation loss, each a mean over seeds with the standard deviation between seeds."""
+    rows = []
+    for arm, results in found.items():
+        row: dict[str, Any] = {"arm": arm, "seeds": len(results)}
+        columns = {benchmark: scores(results, benchmark).mean(1) for benchmark in results[0].evaluation}
+        columns["validation_ce_head0"] = np.array([result.training["validation_ce_head0"] for result in results])
+        for name, values in columns.items():
+            row |= {name: float(values.mean()), f"{name}_sd": float(values.std(ddof=1)) if len(values) > 1 else math.nan}
+        rows.append(row | {key: results[0].training[key] for key in ("parameters", "train_flops")})
+    return rows

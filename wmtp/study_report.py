@@ -1,0 +1,89 @@
+"""What a reader of a study sees: arms and contrasts as tables, one picture of differences with every seed in it, from plain rows."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from wmtp.pages import GREY, colour, figure, grid, p_value, paragraph, points, title
+
+ALPHA = 0.05
+
+
+def page(arms: Sequence[Mapping[str, Any]], contrasts: Sequence[Mapping[str, Any]], benchmarks: Sequence[str], resamples: int) -> str:
+    """The page as GitHub markdown from rows of arms.csv and contrasts.csv."""
+    n_seeds, primary = arms[0]["seeds"], [one for one in contrasts if one["primary"]]
+    others = [one for one in contrasts if not one["primary"]]
+    counts = " and ".join(f"{one} problems ({title(name)})" for name, one in {c["benchmark"]: c["n_problems"] for c in contrasts}.items())
+    blocks = [
+        "## Arms",
+        grid(*_arms(arms, benchmarks)),
+        paragraph(
+            f"pass@1 in percent, mean of {n_seeds} training seeds ± their standard deviation; {counts}. CE: head 0, held-out programs."
+        ),
+    ]
+    for heading, rows in (("## Primary contrasts", primary), (f"## Every other arm against {contrasts[-1]['against']}", others)):
+        blocks += [heading, grid(*_contrasts(rows))] if rows else []
+    blocks += [
+        paragraph(
+            f"Differences of pass@1 in points, paired by seed and problem. Interval and p: {resamples:,} bootstrap resamples of seeds and"
+            " of problems, drawn independently. Holm p: p adjusted for all rows of its table (*: below"
+            f" {ALPHA:g}). Wilcoxon, sign: exact tests over the seeds' means. MDE: minimum detectable effect, the smallest true difference"
+            " that one unadjusted 5 % test would find with 80 % power."
+        ),
+        "## What the intervals cover",
+        paragraph(
+            "Training seeds (the order of the rows, and sampling) and the choice of problems. One critic, one reference, one warm-up and"
+            " one draw of the training data stand behind all arms: another critic may move these numbers beyond the intervals."
+        ),
+    ]
+    return "\n\n".join(blocks) + "\n"
+
+
+def _arms(arms: Sequence[Mapping[str, Any]], benchmarks: Sequence[str]) -> tuple[list[str], list[list[str]], int]:
+    header = ["arm", *(f"{title(benchmark)} pass@1" for benchmark in benchmarks), "CE", "parameters", "FLOPs"]
+    rows = [
+        [
+            arm["arm"], *(f"{100 * arm[benchmark]:.1f} ± {100 * arm[f'{benchmark}_sd']:.1f}" for benchmark in benchmarks),
+            f"{arm['validation_ce_head0']:.4f} ± {arm['validation_ce_head0_sd']:.4f}",
+            f"{arm['parameters']:,}", f"{arm['train_flops']:.2e}",
+        ]
+        for arm in arms
+    ]  # fmt: skip
+    return header, rows, 1
+
+
+def _contrasts(rows: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]], int]:
+    header = ["contrast", "benchmark", "difference", "95 % interval", "p", "Holm p ", "Wilcoxon", "sign", "MDE"]
+    cells = [
+        [
+            f"{one['arm']} - {one['against']}", title(one["benchmark"]), points(one["difference"]),
+            f"{points(one['low'])} to {points(one['high'])}", p_value(one["p"]),
+            p_value(one["p_holm"]) + ("*" if one["p_holm"] < ALPHA else " "), p_value(one["p_wilcoxon"]), p_value(one["p_sign"]),
+            "n/a" if one["mde"] is None else f"{100 * one['mde']:.1f}",
+        ]
+        for one in rows
+    ]  # fmt: skip
+    return header, cells, 2
+
+
+def draw(contrasts: Sequence[Mapping[str, Any]], by_seed: Mapping[tuple[str, str, str], Sequence[float]], path: Path) -> None:
+    """Each contrast with its 95 % interval, one panel a benchmark; small marks are the seeds' own differences."""
+    benchmarks = list(dict.fromkeys(one["benchmark"] for one in contrasts))
+    labels = list(dict.fromkeys((one["arm"], one["against"]) for one in contrasts))
+    size = (4.4 * len(benchmarks), 1.0 + 0.3 * len(labels))
+    with figure(path, size, len(benchmarks), sharey=True) as panels:
+        for panel, benchmark in zip(panels, benchmarks):
+            for one in (one for one in contrasts if one["benchmark"] == benchmark):
+                place = labels.index((one["arm"], one["against"]))
+                seeds = [100 * d for d in by_seed[one["arm"], one["against"], benchmark]]
+                reach = [[100 * (one["difference"] - one["low"])], [100 * (one["high"] - one["difference"])]]
+                shade = colour(2 if one["primary"] else 1)
+                panel.plot(seeds, [place] * len(seeds), "|", color=GREY, ms=7, mew=1)
+                panel.errorbar(100 * one["difference"], place, xerr=reach, color=shade, marker="o", ms=5, capsize=3, lw=1.6)
+            panel.axvline(0, color=GREY, lw=1)
+            panel.grid(axis="x")
+            panel.grid(axis="y", visible=False)
+            panel.set_title(title(benchmark), loc="left")
+            panel.set_xlabel("difference of pass@1, points (95 % interval)")
+            panel.set_yticks(range(len(labels)), [f"{arm} - {against}" for arm, against in labels])
+        panels[0].set_ylim(len(labels) - 0.5, -0.5)
