@@ -23,12 +23,12 @@ def work(params: Any, track: Any, method: str, start: str, processed: str, signa
         data = TokenData(processed, "policy")
         check_same_tokenizer(data.tokenizer_sha256, start, "policy.start")
         model = load_bundle(start, n_future=settings.n_future, dtype=torch.float32, device=world.device)
-        objective = policy_objective(method, settings, lambda: training.beta)
         signal_of, inputs = policy_signal(method, signal, data, lambda: params.critic.gate.train_anyway)
         plan = train.Plan(
             data, data.correct_rows(), training.batch_rows, training.n_epochs, training.learning_rate, training.seed, signal_of,
             training.log_every, params.run.checkpoint_every,
         )  # fmt: skip
+        objective = policy_objective(method, settings, lambda: training.beta, lambda: training.seed, plan.first_pass)
         inputs |= {"start": bundle_sha256(start), "data": data.sha256}
         with train.fitted(model, objective, plan, params, world, stage=f"train-{method}", inputs=inputs, on_log=track.log) as records:
             figures = train.account(model, plan, records[-1])

@@ -56,8 +56,24 @@ def code_dependencies(stage_module: str) -> list[str]:
     return sorted(str(path.relative_to(ROOT)) for path in closure(ROOT / "stages" / f"{stage_module}.py"))
 
 
+def weighting_dependencies(weighting: str) -> list[str]:
+    """The project's files behind a weighting, its own first: a stage that trains with it lists every one of them."""
+    own = ROOT / "wmtp/weighting" / f"{weighting}.py"
+    return [str(path.relative_to(ROOT)) for path in (own, *sorted(closure(own) - {own}))]
+
+
+def filled(dependencies: list[str], item: dict) -> set[str]:
+    """A foreach's dependencies with `${item.key}` and `${item.key[0]}` filled in."""
+
+    def value(match: re.Match) -> str:
+        found = item[match[1]]
+        return str(found if match[2] is None else found[int(match[2])])
+
+    return {re.sub(r"\$\{item\.(\w+)(?:\[(\d+)\])?\}", value, dependency) for dependency in dependencies}
+
+
 def method_files() -> set[str]:
-    """The weightings' own files, which the table loads by name: a stage lists those of the methods that it runs."""
+    """The weightings and what they alone share, which the table loads by name: a stage lists those of the methods that it runs."""
     shared = {"__init__", "projection"}
     return {str(path.relative_to(ROOT)) for path in (ROOT / "wmtp/weighting").glob("*.py") if path.stem not in shared}
 

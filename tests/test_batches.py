@@ -1,3 +1,4 @@
+import math
 from fractions import Fraction
 from types import SimpleNamespace
 
@@ -7,10 +8,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests import methods
 from tests.test_model import random_model
 from wmtp.batches import Batch, collate, in_order, n_steps, share, step_rows
 from wmtp.critic import Critic, ValueObjective
-from wmtp.policy import PolicyObjective
 from wmtp.weighting import METHODS
 
 few = settings(deadline=None, max_examples=60)
@@ -60,6 +61,7 @@ def rows_of(lengths, starts=None):
     starts = starts or [max(1, length // 2) for length in lengths]
     return SimpleNamespace(
         lengths=np.array(lengths), response_start=np.array(starts), is_correct=np.arange(len(lengths)) % 2 == 0,
+        spans=lambda: np.stack([np.arange(len(lengths)), np.arange(len(lengths)) + 1], axis=1).astype(np.int32),
         input_ids=lambda rows: [np.arange(1, lengths[row] + 1, dtype=np.int32) + 100 * row for row in map(int, rows)],
     )  # fmt: skip
 
@@ -103,6 +105,7 @@ def test_collate_reads_token_data(data):
         assert batch.tokens_BT[place, : data.lengths[row]].tolist() == data.rows[row]["input_ids"].tolist()
         assert int(batch.response_BT[place].sum()) == data.lengths[row] - data.response_start[row]
         assert batch.is_correct_B[place] == data.is_correct[row]
+        assert batch.span_B2[place].tolist() == data.spans()[row].tolist() and batch.span_B2.dtype == torch.int64
 
 
 @few
@@ -131,7 +134,15 @@ def test_a_rows_signal_weight_and_label_go_with_it():
     for batch in share(weighted, 0, 2, 1) + share(weighted, 1, 2, 1):
         row = int(batch.row_B)
         assert batch.signal_BT[0].tolist() == signal(row).tolist() and batch.weight_BT[0].tolist() == (2 * signal(row)).tolist()
-        assert batch.is_correct_B.tolist() == [row % 2 == 0]
+        assert batch.is_correct_B.tolist() == [row % 2 == 0] and batch.span_B2.tolist() == [[row, row + 1]]
+
+
+def test_a_narrow_table_of_spans_is_not_cut_to_the_rows_length():
+    """Two columns are no positions: a row of one token keeps both, filler has both."""
+    data = rows_of([2, 7], [1, 3])
+    batches = share(collate(data, np.array([0, 1])), 0, 1, 1)
+    assert {tuple(batch.tokens_BT.shape): batch.span_B2.tolist() for batch in batches} == {(1, 7): [[1, 2]], (1, 2): [[0, 1]]}
+    assert fillers()[1][0].span_B2.shape == (1, 2)
 
 
 def fillers(with_signal=False):
@@ -144,20 +155,16 @@ def fillers(with_signal=False):
 
 @pytest.mark.parametrize("name", METHODS)
 def test_filler_rows_have_no_loss_no_gradient_and_no_count(name):
-    settings_of = {
-        "verifiable": {
-            "beta": 0.9, "gamma": 1.0, "lam": 0.95, "sigma_floor": 0.01, "z_clip": 5.0, "weight_clip_min": 0.1, "weight_clip_max": 5.0,
-            "concentration_floor": 0.3,
-        },
-        "rho1": {"keep_fraction": 0.6},
-    }  # fmt: skip
-    objective, model = PolicyObjective(METHODS[name], settings_of.get(name, {}), 3), random_model()
     step, _ = fillers(with_signal=True)
+    step = Batch(**{**vars(step), "signal_BT": torch.arange(12.0)[None] / 20})
+    objective, model = methods.objective(name, [step], n_future=3), random_model()
     (batch,) = share(objective.prepare(step), 1, 3, 1000)
     assert batch.row_B.tolist() == [-1]
     loss, sums = objective.loss(model, batch)
     loss.backward()
-    assert loss.item() == 0 and all(not value.any() for value in sums.values())
+    assert loss.item() == 0
+    for key, value in sums.items():
+        assert (value == -math.inf).all() if key.startswith("max_") else not value.any(), key
     assert all(parameter.grad is not None and not parameter.grad.any() for parameter in model.parameters())
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.house import EXEMPT, ROOT, code_dependencies, imports, method_files
+from tests.house import EXEMPT, ROOT, code_dependencies, filled, imports, method_files, weighting_dependencies
 from wmtp.params import OPERATIONAL, ParameterError, Params, validate
 from wmtp.view import View, declared_keys
 from wmtp.weighting import METHODS
@@ -22,7 +22,7 @@ BOTH = [
     "benchmarks tracking",
 ]
 TRAINING = [
-    "align advantage bundle world optim",
+    "align advantage bundle world optim noise",
     "weighting model checkpoint convert slicing sources",
     "tokens generate",
     "batches scores sampling",
@@ -105,8 +105,8 @@ def test_code_dependencies_are_what_the_stage_imports(name):
 
 
 def test_a_method_depends_on_its_own_weighting_alone():
-    items = PIPELINE["stages"]["train"]["foreach"]
-    for name, item in items.items():
+    train = PIPELINE["stages"]["train"]
+    for name, item in train["foreach"].items():
         assert item["weighting"] == METHODS[name].weighting == PARAMS["methods"][name]["weighting"]
         scores = {
             "critic": "data/scores/critic.safetensors",
@@ -114,13 +114,23 @@ def test_a_method_depends_on_its_own_weighting_alone():
             None: "data/processed/policy",
         }
         assert item["signal"] == scores[METHODS[name].signal]
+        declared, behind = filled(train["do"]["deps"], item), set(weighting_dependencies(item["weighting"]))
+        assert behind <= declared, f"train@{name} lacks {behind - declared} in its `code`"
+        assert declared & method_files() <= behind, f"train@{name} lists another method's {declared & method_files() - behind}"
     for stage in ("warm-up", "tune-reference"):
-        assert f"wmtp/weighting/{METHODS['baseline'].weighting}.py" in PIPELINE["stages"][stage]["deps"]
+        assert set(weighting_dependencies(METHODS["baseline"].weighting)) <= set(PIPELINE["stages"][stage]["deps"])
+
+
+def test_the_files_behind_a_weighting_are_found_through_what_it_imports():
+    assert weighting_dependencies("uniform") == ["wmtp/weighting/uniform.py"]
+    assert weighting_dependencies("shuffled")[0] == "wmtp/weighting/shuffled.py"
+    assert {"wmtp/weighting/advantage.py", "wmtp/advantage.py", "wmtp/noise.py"} < set(weighting_dependencies("shuffled"))
+    assert filled(["${item.a}", "${item.b[1]}", "c"], {"a": "x", "b": ["y", "z"]}) == {"x", "z", "c"}
 
 
 def test_one_table_of_methods():
     trained = PIPELINE["stages"]["train"]["foreach"]
-    assert list(METHODS) == list(PARAMS["methods"]) == list(trained)
+    assert list(PARAMS["methods"]) == list(trained) and set(trained) <= set(METHODS)
     evaluated = ["start", *trained]
     assert list(PIPELINE["stages"]["sample"]["foreach"]) == evaluated
     assert PIPELINE["stages"]["evaluate-humaneval-mbpp"]["foreach"] == evaluated

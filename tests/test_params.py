@@ -6,11 +6,14 @@ from typing import Any
 
 import pytest
 import yaml
+from pydantic import TypeAdapter, ValidationError
 
+from tests import methods
 from tests.house import ROOT
 from wmtp.overlay import merged
-from wmtp.params import ParameterError, Params, Section, read_yaml, validate
+from wmtp.params import AnyMethod, ParameterError, Params, Section, read_yaml, validate
 from wmtp.view import declared_keys, load, split_arguments
+from wmtp.weighting import METHODS
 
 COMMITTED = yaml.safe_load((ROOT / "params.yaml").read_text())
 
@@ -43,6 +46,16 @@ def test_the_committed_file_is_valid():
         ("report.method", "dpo", r"report\.method 'dpo' is none of methods: ntp, baseline, verifiable, rho1"),
         ("methods.rho1.keep_fraction", 1.5, r"methods\.rho1.*keep_fraction: Input should be less than or equal to 1, found 1\.5"),
         ("methods.rho1.beta", 1.5, r"methods\.rho1.*beta: unknown key"),
+        ("methods.rho1.temperature", 1.0, r"methods\.rho1.*temperature: unknown key"),
+        (
+            "methods.rho1.head_mode",
+            "any",
+            r"methods\.rho1.*head_mode: .*'shared_target', 'per_head', 'per_head_zscore' or 'pooled', found 'any'",
+        ),
+        ("methods.rho1.selection", "magic", r"methods\.rho1.*Input tag 'magic' found"),
+        ("methods.ntp.head_weights", [1.0, 0.5], r"methods\.ntp.*expected n_future = 1 numbers"),
+        ("methods.baseline.head_weights", [0.0] * 4, r"methods\.baseline.*not all 0"),
+        ("methods.baseline.head_weights", [1.0, 1.0, 1.0, -1.0], r"methods\.baseline.*greater than or equal to 0, found -1"),
         ("methods.rho1.weighting", "magic", r"methods\.rho1: Input tag 'magic' found"),
         ("source.data.kind", "ftp", r"source\.data: Input tag 'ftp' found"),
         ("evaluation.top_p", 0, r"evaluation\.top_p: Input should be greater than 0, found 0"),
@@ -65,6 +78,29 @@ def test_a_missing_key_is_named(key):
     del section[last]
     with pytest.raises(ParameterError, match=r"missing|Unable to extract tag"):
         validate(values)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_has_a_form_in_which_no_key_is_free(name):
+    """Its own keys are enough, each is needed, and another's is refused."""
+    adapter = TypeAdapter(AnyMethod)
+    adapter.validate_python(methods.block(name))
+    for key in methods.block(name):
+        if key not in ("weighting", "selection"):
+            with pytest.raises(ValidationError, match="missing"):
+                adapter.validate_python({k: v for k, v in methods.block(name).items() if k != key})
+    with pytest.raises(ValidationError, match="extra_forbidden"):
+        adapter.validate_python({**methods.block(name), "no_such_key": 1.0})
+
+
+@pytest.mark.parametrize("selection", [*methods.EXCESS_FORMS, "softmax_over_heads"])
+def test_a_selection_has_its_own_keys_alone(selection):
+    adapter = TypeAdapter(AnyMethod)
+    adapter.validate_python(methods.excess_block(selection, "pooled"))
+    foreign = {key for form in methods.EXCESS_FORMS.values() for key in form} | {"head_mode"}
+    for key in foreign - set(methods.excess_block(selection, "pooled")):
+        with pytest.raises(ValidationError, match="extra_forbidden"):
+            adapter.validate_python({**methods.excess_block(selection, "pooled"), key: 0.5})
 
 
 @pytest.mark.parametrize("preset", sorted((ROOT / "presets").glob("*.yaml")), ids=lambda path: path.stem)
@@ -160,8 +196,11 @@ def fields(section: type[Section]) -> list[tuple[str, Any]]:
 
 def test_numbers_say_their_unit_or_are_told_by_their_name():
     """A number without a description is one whose name is the field's standard term."""
-    plain = {"gamma", "lam", "beta", "z_clip", "weight_clip_min", "weight_clip_max", "kind", "weighting", "loss", "gate", "path", "start"}
-    sections = [section for section in Section.__subclasses__() if section is not Params]
-    sections += [deeper for section in sections for deeper in section.__subclasses__()]
+    plain = {"gamma", "lam", "beta", "z_clip", "weight_clip_min", "weight_clip_max", "kind", "weighting", "selection", "loss"}
+    plain |= {"gate", "path", "start"}
+    sections, waiting = [], [section for section in Section.__subclasses__() if section is not Params]
+    while waiting:
+        sections.append(waiting.pop())
+        waiting += sections[-1].__subclasses__()
     bare = [f"{section.__name__}.{name}" for section in sections for name, field in fields(section) if not field.description]
     assert not [name for name in bare if name.split(".")[1] not in plain]

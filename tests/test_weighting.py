@@ -154,7 +154,7 @@ def test_concentration_at_its_ends():
 
 
 def test_uniform_is_one_on_the_response_and_zero_elsewhere():
-    w = uniform_weights(None, mask())
+    w = uniform_weights(mask())
     assert w.dtype == torch.float32 and torch.equal(w == 1, mask()) and torch.equal(w == 0, ~mask())
 
 

@@ -3,8 +3,8 @@
 Order is a pure function of (seed, step): the state of the data is the step, and every rank knows the whole step without asking.
 """
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from math import ceil
 
@@ -17,7 +17,11 @@ from wmtp.tokens import TokenData
 
 @dataclass(frozen=True)
 class Batch:
-    """Padded rows, shapes as in wmtp.align; padding is token 0, outside `response_BT`. `row_B` numbers rows of the split, -1 for filler."""
+    """Padded rows, shapes as in wmtp.align; padding is token 0, outside `response_BT`. `row_B` numbers rows of the split, -1 for filler.
+
+    `span_B2` holds the token positions [start, end) of a row's known decisive place, -1 where unknown. `notes` are numbers about the
+    step's weights, for the log.
+    """
 
     row_B: Tensor
     tokens_BT: Tensor
@@ -26,6 +30,8 @@ class Batch:
     weight_BT: Tensor | None = None
     is_correct_B: Tensor | None = None
     shortest_prompt: int = 0
+    span_B2: Tensor | None = None
+    notes: Mapping[str, float] = field(default_factory=dict)
 
     def arrays(self) -> dict[str, Tensor]:
         return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
@@ -39,7 +45,7 @@ class Batch:
         start_B = self.response_BT[index].int().argmax(1)
         length = int((self.response_BT[index].sum(1) + start_B).max())
         taken = {name: value[index] for name, value in self.arrays().items()}
-        taken = {name: value[:, :length] if value.ndim == 2 else value for name, value in taken.items()}
+        taken = {name: value[:, :length] if name.endswith("_BT") else value for name, value in taken.items()}
         return replace(self, **taken, shortest_prompt=int(start_B.min()))
 
 
@@ -72,7 +78,7 @@ def collate(data: TokenData, rows: np.ndarray, signal_of: Callable[[int], np.nda
     return Batch(
         torch.from_numpy(np.asarray(rows, dtype=np.int64)), torch.from_numpy(tokens), torch.from_numpy(response),
         None if signal is None else torch.from_numpy(signal), None, torch.from_numpy(data.is_correct[rows]),
-        int(data.response_start[rows].min()),
+        int(data.response_start[rows].min()), torch.from_numpy(data.spans()[rows].astype(np.int64)),
     )  # fmt: skip
 
 
@@ -102,7 +108,7 @@ def _groups(order: np.ndarray, lengths: np.ndarray, token_budget: int) -> list[n
 
 def _filler(step: Batch) -> Batch:
     """A row without targets: its loss is zero, its gradient is zero, its collectives are real."""
-    empty = {name: torch.zeros_like(value[:1, :8] if value.ndim == 2 else value[:1]) for name, value in step.arrays().items()}
+    empty = {name: torch.zeros_like(value[:1, :8] if name.endswith("_BT") else value[:1]) for name, value in step.arrays().items()}
     return replace(step, **{**empty, "row_B": torch.tensor([-1])}, shortest_prompt=0)
 
 

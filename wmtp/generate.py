@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from wmtp.model import Cache, Transformer
+from wmtp.noise import mix
 
 
 @dataclass
@@ -35,16 +36,9 @@ def gumbel(key_B: Tensor, position_B: Tensor, vocab_size: int) -> Tensor:
     counter = (
         key_B[:, None] + position_B[:, None] * -7046029254386353131 + torch.arange(vocab_size, device=key_B.device) * 0x2545F4914F6CDD1D
     )
-    bits = _mix(_mix(counter))
+    bits = mix(mix(counter))
     uniform = ((bits >> 41) & 0x7FFFFF).float().add(0.5).mul(2.0**-23)
     return -torch.log(-torch.log(uniform))
-
-
-def _mix(z: Tensor) -> Tensor:
-    # int64 products wrap, as splitmix64 wants; >> is arithmetic, so the copied sign bits are masked off.
-    z = (z ^ ((z >> 30) & 0x3FFFFFFFF)) * -4658895280553007687
-    z = (z ^ ((z >> 27) & 0x1FFFFFFFFF)) * -7723592293110705685
-    return z ^ ((z >> 31) & 0x1FFFFFFFF)
 
 
 def choose(logits_BV: Tensor, temperature_B: Tensor, key_B: Tensor, position_B: Tensor, top_p: float) -> Tensor:

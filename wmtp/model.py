@@ -163,8 +163,11 @@ class Transformer(nn.Module):
         position_BT: Tensor | None = None,
         n_future: int | None = None,
         first: int = 0,
-    ) -> Tensor:
+        with_entropy: bool = False,
+    ) -> Tensor | tuple[Tensor, Tensor]:
         """Without targets: logits [B, T, F, V]. With targets: cross-entropy [B, T, F] in nats, at least float32, 0 where IGNORE.
+
+        `with_entropy` adds the entropy of each of those predictions, of the same form and detached.
 
         With a cache, `position_BT` says where each token of each row stands; earlier positions are read from the cache. `first` is the
         caller's word that no target stands before that position: the head blocks then compute nothing there.
@@ -174,8 +177,11 @@ class Transformer(nn.Module):
             return torch.stack([self.output(x_BTD) for x_BTD in hidden], dim=2)
         if targets_BTF.shape != (*tokens_BT.shape, len(hidden)):
             raise ValueError(f"targets: expected shape {(*tokens_BT.shape, len(hidden))}, found {tuple(targets_BTF.shape)}")
-        ce = torch.stack([self.cross_entropy(x_BTD, targets_BTF[:, first:, h]) for h, x_BTD in enumerate(hidden)], dim=2)
-        return functional.pad(ce, (0, 0, first, 0))
+        found = [self.cross_entropy(x_BTD, targets_BTF[:, first:, h], with_entropy) for h, x_BTD in enumerate(hidden)]
+        if not with_entropy:
+            return functional.pad(torch.stack(found, dim=2), (0, 0, first, 0))
+        ce, entropy = (functional.pad(torch.stack(part, dim=2), (0, 0, first, 0)) for part in zip(*found))
+        return ce, entropy
 
     def hidden(
         self, tokens_BT: Tensor, cache: Cache | None = None, position_BT: Tensor | None = None, n_future: int | None = None, first: int = 0
@@ -210,12 +216,20 @@ class Transformer(nn.Module):
                 self._rotary = table = rotary_table(max(length, 256), self.args.head_dim, self.args.rope_theta, dtype, weight.device)
         return table
 
-    def cross_entropy(self, x_BTD: Tensor, target_BT: Tensor) -> Tensor:
-        """Loss [B, T] in nats of one head from its normed output; the vocabulary is computed only where there is a target."""
+    def cross_entropy(self, x_BTD: Tensor, target_BT: Tensor, with_entropy: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+        """Loss [B, T] in nats of one head from its normed output; the vocabulary is computed only where there is a target.
+
+        `with_entropy` gives (loss, entropy of the prediction), the latter detached.
+        """
         valid_BT = target_BT != IGNORE
         logits = self.output(x_BTD[valid_BT])
-        ce = functional.cross_entropy(logits if logits.dtype == torch.float64 else logits.float(), target_BT[valid_BT], reduction="none")
-        return ce.new_zeros(target_BT.shape).masked_scatter(valid_BT, ce)
+        logits = logits if logits.dtype == torch.float64 else logits.float()
+        ce = functional.cross_entropy(logits, target_BT[valid_BT], reduction="none")
+        placed = ce.new_zeros(target_BT.shape).masked_scatter(valid_BT, ce)
+        if not with_entropy:
+            return placed
+        log_p = logits.detach().log_softmax(-1)
+        return placed, torch.zeros_like(placed.detach()).masked_scatter(valid_BT, -(log_p.exp() * log_p).sum(-1))
 
 
 def load_bundle(

@@ -12,6 +12,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 Positive = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+KeepFraction = Annotated[float, Field(gt=0, le=1, description="share of a sequence's tokens that train")]
+HeadMode = Annotated[
+    Literal["shared_target", "per_head", "per_head_zscore", "pooled"], Field(description="whose excess decides: see wmtp.weighting.excess")
+]
 
 
 class ParameterError(ValueError):
@@ -198,6 +202,15 @@ class Training(Tuning):
 class Method(Section):
     n_future: Positive = Field(description="heads trained, F")
     mix: Fraction = Field(description="w <- 1 + mix * (w - 1); 0 is uniform")
+    head_weights: list[Annotated[float, Field(ge=0)]] | None = Field(
+        description="one factor a head on its loss, head 0 first, divided by their mean; null: equal"
+    )
+
+    @model_validator(mode="after")
+    def _one_weight_a_head(self) -> "Method":
+        if self.head_weights is not None and (len(self.head_weights) != self.n_future or sum(self.head_weights) == 0):
+            raise ValueError(f"head_weights {self.head_weights}: expected n_future = {self.n_future} numbers, not all 0")
+        return self
 
 
 class UniformMethod(Method):
@@ -205,7 +218,9 @@ class UniformMethod(Method):
 
 
 class AdvantageMethod(Method):
-    weighting: Literal["advantage"]
+    """The critic's weights, and the controls that go through the same pipeline."""
+
+    weighting: Literal["advantage", "shuffled", "constant_critic", "random_matched"]
     gamma: Annotated[float, Field(gt=0, le=1)]
     lam: Fraction | Literal["length_adaptive"]
     sigma_floor: Annotated[float, Field(gt=0)] = Field(description="least standard deviation that an advantage is divided by")
@@ -215,12 +230,111 @@ class AdvantageMethod(Method):
     concentration_floor: Fraction = Field(description="least exp(entropy) / N of the weights; below it beta is raised")
 
 
+class PositionOnlyMethod(AdvantageMethod):
+    weighting: Literal["position_only"]
+    n_bins: Positive = Field(description="equal parts of a response over which the critic's weights are averaged")
+
+
+class OracleMethod(Method):
+    weighting: Literal["oracle"]
+    emphasis: Annotated[float, Field(gt=0)] = Field(description="weight of a decisive token in units of another's, before the projection")
+    weight_clip_min: Annotated[float, Field(ge=0, lt=1)]
+    weight_clip_max: Annotated[float, Field(gt=1)]
+
+
+class BinaryMethod(Method):
+    weighting: Literal["crr_binary"]
+    gamma: Annotated[float, Field(gt=0, le=1)]
+    lam: Fraction | Literal["length_adaptive"]
+
+
+class BudgetMethod(Method):
+    """Selections of one score: at random, by the policy's own loss, by its entropy."""
+
+    weighting: Literal["random_k", "loss_topk", "entropy_topk"]
+    keep_fraction: KeepFraction
+
+
+class InvertedMethod(Method):
+    weighting: Literal["inverted_k"]
+    head_mode: HeadMode
+    keep_fraction: KeepFraction
+
+
+class DynamicMethod(Method):
+    weighting: Literal["dft"]
+
+
+class FocalMethod(Method):
+    weighting: Literal["focal"]
+    focusing: Annotated[float, Field(ge=0)] = Field(description="exponent g of (1 - p)^g")
+
+
+class HeadDecayMethod(Method):
+    weighting: Literal["head_decay"]
+    decay: Annotated[float, Field(gt=0, le=1)] = Field(description="weight of a head in units of the head before it")
+
+
+class BoundaryMethod(Method):
+    weighting: Literal["adamtp_mask"]
+    boundary_fraction: Annotated[float, Field(gt=0, le=1)] = Field(description="share of a sequence's tokens that are boundaries")
+
+
 class ExcessMethod(Method):
+    """Rho-1; the default selection."""
+
     weighting: Literal["excess"]
-    keep_fraction: Annotated[float, Field(gt=0, le=1)] = Field(description="share of a sequence's tokens that train")
+    selection: Literal["topk", "absolute"]
+    head_mode: HeadMode
+    keep_fraction: KeepFraction
 
 
-AnyMethod = Annotated[UniformMethod | AdvantageMethod | ExcessMethod, Field(discriminator="weighting")]
+class TokenSkipExcess(Method):
+    weighting: Literal["excess"]
+    selection: Literal["tokenskip"]
+    head_mode: HeadMode
+    drop_fraction: Annotated[float, Field(ge=0, lt=1)] = Field(description="share of a sequence's tokens that do not train")
+
+
+class WeightedExcess(Method):
+    weighting: Literal["excess"]
+    selection: Literal["weighted"]
+    head_mode: HeadMode
+    temperature: Annotated[float, Field(gt=0)] = Field(description="nats of excess, softmax over tokens")
+
+
+class EmphasisExcess(Method):
+    weighting: Literal["excess"]
+    selection: Literal["percentile_emphasis"]
+    head_mode: HeadMode
+    percentile: Fraction = Field(description="share of a sequence's tokens that get no emphasis")
+    alpha: Annotated[float, Field(gt=0)] = Field(description="nats of excess that every token has beside its emphasis")
+
+
+class SoftmaxOverHeadsExcess(Method):
+    weighting: Literal["excess"]
+    selection: Literal["softmax_over_heads"]
+    temperature: Annotated[float, Field(gt=0)] = Field(description="nats of excess, softmax over a token's heads")
+
+
+AnyExcess = Annotated[
+    ExcessMethod | TokenSkipExcess | WeightedExcess | EmphasisExcess | SoftmaxOverHeadsExcess, Field(discriminator="selection")
+]
+AnyMethod = Annotated[
+    UniformMethod
+    | AdvantageMethod
+    | PositionOnlyMethod
+    | OracleMethod
+    | BinaryMethod
+    | BudgetMethod
+    | InvertedMethod
+    | DynamicMethod
+    | FocalMethod
+    | HeadDecayMethod
+    | BoundaryMethod
+    | AnyExcess,
+    Field(discriminator="weighting"),
+]
 
 
 class Evaluation(Section):

@@ -1,7 +1,6 @@
 """The policy's objective: loss = sum(w * ce) / number of targets, for every method (METHODS, "Loss"; 2404.19737 eq. 2)."""
 
-import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,7 +12,7 @@ from wmtp.align import IGNORE, align_future, future_targets
 from wmtp.batches import Batch
 from wmtp.scores import Scores
 from wmtp.tokens import TokenData
-from wmtp.weighting import METHODS, Method
+from wmtp.weighting import METHODS, Method, array_names, keywords
 
 
 class WeightError(ValueError):
@@ -22,12 +21,17 @@ class WeightError(ValueError):
 
 @dataclass(frozen=True)
 class PolicyObjective:
-    """Weighted multi-token cross-entropy. `settings` are the weighting's own keyword arguments; `mix` blends with uniform weights."""
+    """Weighted multi-token cross-entropy. `settings` are the weighting's own keyword arguments; `mix` blends with uniform weights.
+
+    `head_weights`, one number a head, scale the heads' losses. They are divided by their mean: every head has the same targets, so the
+    mean weight over all targets stays 1. Where a weighting gives the heads unequal shares, each row is scaled back to mean 1 instead.
+    """
 
     method: Method
     settings: Mapping[str, Any]
     n_future: int
     mix: float = 1.0
+    head_weights: tuple[float, ...] | None = None
 
     def prepare(self, step: Batch) -> Batch:
         """The whole step, over all ranks, with its weights where they are known before the forward."""
@@ -39,54 +43,93 @@ class PolicyObjective:
             )
         if self.method.needs_forward:
             return step
-        weight_BT = self.method.function()(step.signal_BT, step.response_BT, **self.settings)
-        return replace(step, weight_BT=check_weights(self._mixed(weight_BT, step.response_BT), step.response_BT))
+        notes: dict[str, float] = {}
+        wanted = {"notes": notes} if "notes" in keywords(self.method.function()) else {}
+        weight_BT = self.method.weigh(vars(step), {**self.settings, **wanted})
+        return replace(step, weight_BT=check_weights(self._mixed(weight_BT, step.response_BT), step.response_BT), notes=notes)
 
     def count(self, step: Batch) -> float:
         """Targets of the whole step, all heads."""
         return float((future_targets(step.tokens_BT, step.response_BT, self.n_future) != IGNORE).sum())
 
     def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """Sum of w * ce over this micro-batch, and detached float64 sums for the log, each [F]."""
+        """Sum of w * ce over this micro-batch, and detached float64 sums for the log, [F] each where they are by head.
+
+        Weights that need the forward are checked on the device without waiting for it: `faults` counts what is wrong with them, and a
+        fault makes the loss no number, so that every rank stops before its optimizer. `check_faults` then tells what it was.
+        """
         targets_BTF = future_targets(batch.tokens_BT, batch.response_BT, self.n_future)
-        ce_BTF = model(batch.tokens_BT, targets_BTF, first=max(0, batch.shortest_prompt - self.n_future))
         valid_BTF = targets_BTF != IGNORE
-        if self.method.needs_forward:
-            weight_BTF = self.method.function()(ce_BTF.detach(), batch.signal_BT, batch.response_BT, **self.settings)
-            # On a GPU this waits once a micro-batch; weights known before the forward are checked on the CPU.
-            weight_BTF = check_weights(self._mixed(weight_BTF, valid_BTF), valid_BTF)
+        first = max(0, batch.shortest_prompt - self.n_future)
+        if not self.method.needs_forward:
+            ce_BTF = model(batch.tokens_BT, targets_BTF, first=first)
+            weight_BTF = self._by_head(align_future(batch.weight_BT, self.n_future, 0.0), valid_BTF)
+            total = (weight_BTF * ce_BTF * valid_BTF).sum()
+            return total, _sums(ce_BTF.detach(), weight_BTF, valid_BTF, batch)
+        if "entropy_BTF" in array_names(self.method.function()):
+            ce_BTF, entropy_BTF = model(batch.tokens_BT, targets_BTF, first=first, with_entropy=True)
         else:
-            weight_BTF = align_future(batch.weight_BT, self.n_future, 0.0)
-        total = (weight_BTF * ce_BTF * valid_BTF).sum()
-        return total, _sums(ce_BTF.detach(), weight_BTF, valid_BTF)
+            ce_BTF, entropy_BTF = model(batch.tokens_BT, targets_BTF, first=first), None
+        weight_BTF = self.method.weigh(vars(batch) | {"ce_BTF": ce_BTF.detach(), "entropy_BTF": entropy_BTF}, self.settings)
+        weight_BTF = self._by_head(self._mixed(weight_BTF, valid_BTF), valid_BTF)
+        faults = _faults(weight_BTF, valid_BTF)
+        total = (weight_BTF * ce_BTF * valid_BTF).sum() + torch.where(faults[:3].any(), torch.nan, 0.0)
+        return total, _sums(ce_BTF.detach(), weight_BTF, valid_BTF, batch) | {"faults": faults}
 
     def summary(self, sums: Mapping[str, Tensor]) -> dict[str, float]:
-        """Readable numbers from sums over all micro-batches and ranks."""
-        n_F, w_F = sums["n"], sums["w"]
-        n, w, w2 = float(n_F.sum()), float(w_F.sum()), float(sums["w2"].sum())
-        figures = {"loss": float(sums["wce"].sum()) / n, "ce": float(sums["ce"].sum()) / n}
-        figures |= {f"ce_head{h}": float(sums["ce"][h] / n_F[h]) for h in range(self.n_future)}
-        figures |= {"weight_mean": w / n, "weight_std": max(0.0, w2 / n - (w / n) ** 2) ** 0.5, "weight_ess": w * w / (n * w2)}
-        return figures | {"weight_selected": float(sums["selected"].sum()) / n}
+        """Readable numbers from sums over all micro-batches and ranks; those that begin with `max_` are maxima."""
+        n_F, heads = sums["n"], range(self.n_future)
+        n, w, w2 = (float(sums[name].sum()) for name in ("n", "w", "w2"))
+        # exp(entropy of w / sum(w)) / N, from sum(w log w).
+        concentration = np.exp(np.log(w) - float(sums["wlogw"].sum()) / w) / n
+        return {
+            "loss": float(sums["wce"].sum()) / n, "ce": float(sums["ce"].sum()) / n,
+            **{f"ce_head{h}": float(sums["ce"][h] / n_F[h]) for h in heads},
+            "weight_mean": w / n, "weight_std": max(0.0, w2 / n - (w / n) ** 2) ** 0.5,
+            "weight_min": -float(sums["max_negative_w"].max()), "weight_max": float(sums["max_w"].max()),
+            "weight_ess": w * w / (n * w2), "weight_concentration": float(concentration),
+            "weight_selected": float(sums["selected"].sum()) / n,
+            **{f"weight_selected_head{h}": float(sums["selected"][h] / n_F[h]) for h in heads},
+            "weight_on_incorrect": float(sums["w_incorrect"].sum()) / w,
+            **{f"weight_{name.removeprefix('note_')}": float(sums[name]) / n for name in sums if name.startswith("note_")},
+        }  # fmt: skip
 
     def _mixed(self, weight: Tensor, valid: Tensor) -> Tensor:
         return weight if self.mix == 1 else (1 + self.mix * (weight - 1)) * valid
 
+    def _by_head(self, weight_BTF: Tensor, valid_BTF: Tensor) -> Tensor:
+        if self.head_weights is None:
+            return weight_BTF
+        mean = sum(self.head_weights) / self.n_future
+        # Numbers, not a tensor: a copy to the device would wait for it.
+        scaled_BTF = torch.stack([weight_BTF[..., h].double() * (one / mean) for h, one in enumerate(self.head_weights)], dim=2)
+        if self.method.needs_forward:
+            n_B11, total_B11 = (part.sum((1, 2), keepdim=True, dtype=torch.float64) for part in (valid_BTF, scaled_BTF))
+            scaled_BTF = scaled_BTF * (n_B11 / total_B11.clamp(min=1e-300))
+        return scaled_BTF.to(weight_BTF.dtype)
 
-STRUCTURE = {"weighting", "n_future", "mix"}
+
+STRUCTURE = {"weighting", "n_future", "mix", "head_weights"}
 """Keys of a method's block that shape its model or loss; all others are its weighting's own arguments."""
 
 
-def policy_objective(name: str, settings: Any, beta: Callable[[], float]) -> PolicyObjective:
-    """The objective of methods.`name`; `beta` is asked only for a weighting that takes one, so that no other method depends on it."""
+def policy_objective(
+    name: str, settings: Any, beta: Callable[[], float], seed: Callable[[], int], steps: Callable[[], Iterable[Batch]]
+) -> PolicyObjective:
+    """The objective of methods.`name`. What is not in its block is asked for only where its weighting names it, so that no other method
+    depends on it: `beta`, `seed`, and the `steps` of one pass over the split for a weighting that is fitted to it first.
+    """
     method = METHODS.get(name)
     if method is None or method.weighting != settings.weighting:
         known = f"{method.weighting!r}" if method else f"one of {', '.join(METHODS)}"
         raise WeightError(f"methods.{name}: weighting {settings.weighting!r}; wmtp.weighting.METHODS has {known}")
     arguments = settings.model_dump(exclude=STRUCTURE)
-    if "beta" in inspect.signature(method.function()).parameters:
-        arguments["beta"] = beta()
-    return PolicyObjective(method, arguments, settings.n_future, settings.mix)
+    named = keywords(method.function())
+    arguments |= {key: ask() for key, ask in (("beta", beta), ("seed", seed)) if key in named}
+    if "fitted" in named:
+        arguments["fitted"] = method.module().fit((vars(step) for step in steps()), **arguments)
+    head_weights = None if settings.head_weights is None else tuple(settings.head_weights)
+    return PolicyObjective(method, arguments, settings.n_future, settings.mix, head_weights)
 
 
 def policy_signal(
@@ -105,18 +148,35 @@ def policy_signal(
 
 def check_weights(weight_BT: Tensor, valid_BT: Tensor) -> Tensor:
     """The weights themselves, or a WeightError; the step is still on the CPU, so nothing waits for a device."""
-    n = int(valid_BT.sum())
-    mean = float(weight_BT.double().sum()) / max(n, 1)
-    if not torch.isfinite(weight_BT).all() or (weight_BT < 0).any():
-        raise WeightError("a weight is negative, infinite or not a number; look at the signal that it was made from")
-    if (n and abs(mean - 1) > 1e-4) or bool((weight_BT[~valid_BT] != 0).any()):
-        raise WeightError(f"weights have mean {mean:.6f} over {n} targets or reach beyond them, expected mean 1 on the targets alone")
+    check_faults(_faults(weight_BT, valid_BT))
     return weight_BT
 
 
-def _sums(ce_BTF: Tensor, weight_BTF: Tensor, valid_BTF: Tensor) -> dict[str, Tensor]:
+def check_faults(faults: Tensor) -> None:
+    """A WeightError where the `faults` of a step's losses say that weights broke their promise."""
+    bad, beyond, off_mean, w, n = faults.tolist()
+    if bad:
+        raise WeightError("a weight is negative, infinite or not a number; look at the signal that it was made from")
+    if beyond or off_mean:
+        raise WeightError(
+            f"weights have mean {w / max(n, 1):.6f} over {n:.0f} targets or reach beyond them, expected mean 1 on the targets alone"
+        )
+
+
+def _faults(weight: Tensor, valid: Tensor) -> Tensor:
+    """[5] float64: weights negative or not finite, weights off the mask, whether the mean is not 1; and for the message sum(w) and N."""
+    bad, beyond, n, w = ~torch.isfinite(weight) | (weight < 0), (weight != 0) & ~valid, valid.sum(), weight.double().sum()
+    off_mean = (n > 0) & ~((w / n.clamp(min=1) - 1).abs() <= 1e-4)
+    return torch.stack([part.double() for part in (bad.sum(), beyond.sum(), off_mean, w, n)])
+
+
+def _sums(ce_BTF: Tensor, weight_BTF: Tensor, valid_BTF: Tensor, batch: Batch) -> dict[str, Tensor]:
     ce, w = ce_BTF.double(), weight_BTF.double() * valid_BTF
-    return {
-        "n": valid_BTF.sum((0, 1)).double(), "ce": ce.sum((0, 1)), "wce": (w * ce).sum((0, 1)), "w": w.sum((0, 1)),
-        "w2": w.square().sum((0, 1)), "selected": (w > 0).sum((0, 1)).double(),
+    n_F, incorrect_B11 = valid_BTF.sum((0, 1)).double(), ~batch.is_correct_B[:, None, None]
+    nowhere = torch.where(valid_BTF, 0.0, -torch.inf)
+    sums = {
+        "n": n_F, "ce": ce.sum((0, 1)), "wce": (w * ce).sum((0, 1)), "w": w.sum((0, 1)), "w2": w.square().sum((0, 1)),
+        "wlogw": torch.xlogy(w, w).sum((0, 1)), "selected": (w > 0).sum((0, 1)).double(), "w_incorrect": (w * incorrect_B11).sum((0, 1)),
+        "max_w": (nowhere + w).amax((0, 1)), "max_negative_w": (nowhere - w).amax((0, 1)),
     }  # fmt: skip
+    return sums | {f"note_{name}": n_F.sum() * value for name, value in batch.notes.items()}

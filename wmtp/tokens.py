@@ -172,6 +172,7 @@ class TokenData:
         self.response_start = self._column("response_start")
         self.problem_of = self._column("problem")
         self.is_correct = self._column("is_correct").astype(bool)
+        self._spans = np.stack([self._column("span_start"), self._column("span_end")], axis=1)
 
     def _column(self, name: str) -> np.ndarray:
         return np.asarray(self.rows.data.column(name).to_numpy())
@@ -184,7 +185,7 @@ class TokenData:
 
     def spans(self) -> np.ndarray:
         """[rows, 2] token positions of the known first difference, -1 where unknown."""
-        return np.stack([self._column("span_start"), self._column("span_end")], axis=1)
+        return self._spans
 
     def correct_rows(self) -> np.ndarray:
         return np.flatnonzero(self.is_correct)

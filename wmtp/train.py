@@ -23,7 +23,7 @@ from wmtp.bundle import bundle_sha256
 from wmtp.model import Transformer, load_bundle
 from wmtp.optim import build_optimizer, learning_rate
 from wmtp.params import OPERATIONAL
-from wmtp.policy import PolicyObjective
+from wmtp.policy import PolicyObjective, check_faults
 from wmtp.progress import Bar
 from wmtp.records import write_text
 from wmtp.tokens import TokenData, check_same_tokenizer
@@ -66,6 +66,10 @@ class Plan:
     def step(self, number: int) -> Batch:
         return collate(self.data, step_rows(self.units, self.per_step, self.seed, number).reshape(-1), self.signal_of)
 
+    def first_pass(self) -> Iterator[Batch]:
+        """The steps in which every unit has come at least once."""
+        return (self.step(number) for number in range(n_steps(len(self.units), self.per_step, 1)))
+
 
 def train_step(
     model: nn.Module,
@@ -91,14 +95,21 @@ def train_step(
             with torch.autocast(world.device.type, torch.bfloat16, enabled=mixed):
                 loss, parts = objective.loss(model, batch.to(world.device))
             (loss * scale).backward()
-        sums = {name: part + sums[name] if sums else part for name, part in parts.items()}
+        sums = {name: _merged(name, sums[name], part) if sums else part for name, part in parts.items()}
     norm = nn.utils.clip_grad_norm_(model.parameters(), clip_norm)
     norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
     if not math.isfinite(norm.item()):
+        if "faults" in sums:
+            check_faults(sums["faults"])
         raise NotFinite(f"gradient norm is {norm.item()}")
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return sums, norm
+
+
+def _merged(name: str, one: Tensor, other: Tensor) -> Tensor:
+    """Numbers for the log add up over micro-batches; of those named max_ the greater stays."""
+    return torch.maximum(one, other) if name.startswith("max_") else one + other
 
 
 def _last_one_synchronises(model: nn.Module, last: bool) -> Any:
@@ -147,7 +158,8 @@ def fit(
                 ) from None
             note = ""
             if (number + 1) % plan.log_every == 0 or number + 1 == plan.n_steps:
-                figures = objective.summary({name: world.sum(part) for name, part in sums.items()})
+                whole = {name: (world.max if name.startswith("max_") else world.sum)(part) for name, part in sums.items()}
+                figures = objective.summary(whole)
                 records.append({"step": number + 1, **figures, "grad_norm": float(norm), "learning_rate": rate})
                 note = f"loss {figures['loss']:.4f}"
                 if on_log:

@@ -26,11 +26,18 @@ class World:
 
     def sum(self, values: Tensor) -> Tensor:
         """Element-wise sum over ranks, in float64; every rank must call it, also with nothing to add."""
+        return self._reduced(values, dist.ReduceOp.SUM)
+
+    def max(self, values: Tensor) -> Tensor:
+        """Element-wise maximum over ranks, in float64; every rank must call it, with -inf where it has nothing."""
+        return self._reduced(values, dist.ReduceOp.MAX)
+
+    def _reduced(self, values: Tensor, operation: Any) -> Tensor:
         total = values.detach().double()
         if self.size > 1:
-            # MPS knows no float64 and gloo no MPS: sums of a few numbers go through the CPU there.
+            # MPS knows no float64 and gloo no MPS: a few numbers go through the CPU there.
             total = total.to("cpu" if self.device.type == "mps" else self.device)
-            dist.all_reduce(total)
+            dist.all_reduce(total, operation)
         return total
 
     def gather(self, value: Any) -> list[Any] | None:

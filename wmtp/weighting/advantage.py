@@ -3,17 +3,19 @@
 The critic's values are out of fold and cached, so the weights of a whole optimizer step are known before its first forward.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from wmtp.advantage import policy_advantage
-from wmtp.weighting.projection import concentration, project_mean_one
+from wmtp.weighting.projection import concentration, project_mean_one, shares_at_bounds
 
-_BETA_DOUBLINGS = 40
+_BETA_BISECTIONS = 40
 
 
 def token_weights(
-    values_BT: Tensor,
+    signal_BT: Tensor,
     response_BT: Tensor,
     *,
     beta: float,
@@ -24,28 +26,38 @@ def token_weights(
     weight_clip_min: float,
     weight_clip_max: float,
     concentration_floor: float,
+    notes: dict[str, float] | None = None,
 ) -> Tensor:
     """Weights [B, T] float32 with mean 1 over the response tokens of all B rows, which are a whole optimizer step over all ranks.
 
-    `values_BT` are the critic's values by state (probabilities of passing, 0..1); only their differences enter. `beta` is the
+    `signal_BT` are the critic's values by state (probabilities of passing, 0..1); only their differences enter. `beta` is the
     temperature (usual 0.3 to 1; towards infinity: uniform). `sigma_floor` keeps a dead critic from being whitened into confident
-    weights. When the weights' concentration falls below its floor, beta is raised by bisection until it holds.
+    weights. When the weights' concentration falls below its floor, beta is raised by bisection until it holds. `notes` takes the beta
+    that was used and the shares of tokens at either bound.
     """
-    advantage_BT = policy_advantage(values_BT.detach().double(), response_BT, gamma, _lam(lam, response_BT))
+    advantage_BT = policy_advantage(signal_BT.detach().double(), response_BT, gamma, row_lam(lam, response_BT))
     z_BT = standardise(advantage_BT, response_BT, sigma_floor).clamp(-z_clip, z_clip)
 
     def weights(temperature: Tensor) -> Tensor:
         return project_mean_one(torch.exp((z_BT - z_BT.max()) / temperature), response_BT, weight_clip_min, weight_clip_max)
 
-    low = torch.tensor(beta, dtype=torch.float64, device=values_BT.device)
-    if concentration_floor == 0:
-        return weights(low).float()
-    high = torch.where(concentration(weights(low), response_BT) < concentration_floor, low * 1e6, low)
-    for _ in range(_BETA_DOUBLINGS if concentration_floor > 0 and bool(high > low) else 0):
+    used = _raised(torch.tensor(beta, dtype=torch.float64, device=signal_BT.device), weights, response_BT, concentration_floor)
+    weight_BT = weights(used)
+    if notes is not None:
+        notes |= {"beta": float(used)} | shares_at_bounds(weight_BT, response_BT, weight_clip_min, weight_clip_max)
+    return weight_BT.float()
+
+
+def _raised(beta: Tensor, weights: Callable[[Tensor], Tensor], valid_BT: Tensor, floor: float) -> Tensor:
+    """The least beta, from the given one upwards, whose weights keep the floor of concentration."""
+    if floor == 0 or bool(concentration(weights(beta), valid_BT) >= floor) or not bool(valid_BT.any()):
+        return beta
+    low, high = beta, beta * 1e6
+    for _ in range(_BETA_BISECTIONS):
         middle = (low * high).sqrt()
-        enough = concentration(weights(middle), response_BT) >= concentration_floor
+        enough = concentration(weights(middle), valid_BT) >= floor
         low, high = torch.where(enough, low, middle), torch.where(enough, middle, high)
-    return weights(high).float()
+    return high
 
 
 def standardise(q_BT: Tensor, valid_BT: Tensor, sigma_floor: float) -> Tensor:
@@ -56,7 +68,7 @@ def standardise(q_BT: Tensor, valid_BT: Tensor, sigma_floor: float) -> Tensor:
     return centred / sigma.clamp(min=sigma_floor)
 
 
-def _lam(lam: float | str, response_BT: Tensor) -> float | Tensor:
+def row_lam(lam: float | str, response_BT: Tensor) -> float | Tensor:
     """A number as it is; `length_adaptive` is max(0, 1 - 1 / (0.05 * response length)) per row (VAPO, 2504.05118)."""
     if lam != "length_adaptive":
         return lam

@@ -32,3 +32,9 @@ def concentration(w: Tensor, valid: Tensor) -> Tensor:
     """exp(entropy of w / sum(w)) / N: 1 for uniform weights, 1/N when one token holds everything."""
     share = (w.double() * valid) / (w.double() * valid).sum().clamp(min=1e-300)
     return torch.exp(-torch.xlogy(share, share).sum()) / valid.sum().clamp(min=1)
+
+
+def shares_at_bounds(w: Tensor, valid: Tensor, lo: float, hi: float) -> dict[str, float]:
+    """Shares of the valid entries of projected float64 weights that lie on a bound: numbers for the log."""
+    n = valid.sum().clamp(min=1)
+    return {"at_clip_min": float(((w <= lo) & valid).sum() / n), "at_clip_max": float(((w >= hi) & valid).sum() / n)}

@@ -3,6 +3,6 @@
 from torch import Tensor
 
 
-def token_weights(signal_BT: None, response_BT: Tensor) -> Tensor:
+def token_weights(response_BT: Tensor) -> Tensor:
     """1 on response tokens, 0 elsewhere [B, T], float32."""
     return response_BT.float()

@@ -1,0 +1,20 @@
+"""Random numbers as a pure function of their key: splitmix64 of a counter. No state, no order, the same on every rank."""
+
+import torch
+from torch import Tensor
+
+
+def mix(z: Tensor) -> Tensor:
+    """splitmix64's finaliser on int64 [...]: every bit of the counter reaches every bit of the result."""
+    # int64 products wrap, as splitmix64 wants; >> is arithmetic, so the copied sign bits are masked off.
+    z = (z ^ ((z >> 30) & 0x3FFFFFFFF)) * -4658895280553007687
+    z = (z ^ ((z >> 27) & 0x1FFFFFFFFF)) * -7723592293110705685
+    return z ^ ((z >> 31) & 0x1FFFFFFFF)
+
+
+def uniform(seed: int, row_B: Tensor, length: int) -> Tensor:
+    """Numbers in [0, 1), float64 [B, length]: entry [b, i] depends on (seed, row_B[b], i) alone, so padding and batching change none."""
+    seed_key = mix(torch.tensor(seed, dtype=torch.int64, device=row_B.device))
+    key_B = mix(seed_key + row_B * -7046029254386353131)
+    counter = key_B[:, None] + torch.arange(length, device=row_B.device) * 0x2545F4914F6CDD1D
+    return ((mix(mix(counter)) >> 11) & 0x1FFFFFFFFFFFFF).double() * 2.0**-53

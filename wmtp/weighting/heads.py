@@ -1,0 +1,60 @@
+"""Numbers that differ from head to head: by the position that predicts, by the token that is predicted, and whose number decides.
+
+Scores are judged by target token, where a row's heads stand side by side; weights leave as the heads see them.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from wmtp.align import align_future
+from wmtp.weighting.selection import mean_one
+
+
+def by_target(q_BTF: Tensor) -> Tensor:
+    """out[b, i, h] = q[b, i-h-1, h], the number that head h has for token i; 0 where no position predicts it."""
+    T, F = q_BTF.shape[1:]
+    return torch.stack([functional.pad(q_BTF[:, : max(T - h - 1, 0), h], (min(h + 1, T), 0)) for h in range(F)], dim=2)
+
+
+def by_head(q_BTF: Tensor) -> Tensor:
+    """The inverse: align_future for numbers that differ from head to head."""
+    F = q_BTF.shape[2]
+    return torch.stack([align_future(q_BTF[..., h], F, 0.0)[..., h] for h in range(F)], dim=2)
+
+
+def targets(response_BT: Tensor, n_future: int) -> Tensor:
+    """Which tokens each head is asked for, by target token, bool [B, T, F]: response tokens that have a position h+1 before them."""
+    place_T, head_F = (torch.arange(n, device=response_BT.device) for n in (response_BT.shape[1], n_future))
+    return response_BT[..., None] & (place_T[:, None] > head_F)
+
+
+def shared(score_BTF: Tensor, valid_BTF: Tensor, weigh: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    """Head 0's score of each target token decides, and every head gets its decision; [B, T, F] by position."""
+    return align_future(weigh(score_BTF[..., 0], valid_BTF[..., 0]), score_BTF.shape[2], 0.0)
+
+
+def separate(score_BTF: Tensor, valid_BTF: Tensor, weigh: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    """Each head decides among its own targets; [B, T, F] by position."""
+    return by_head(weigh(score_BTF.transpose(1, 2), valid_BTF.transpose(1, 2)).transpose(1, 2))
+
+
+def pooled(score_BTF: Tensor, valid_BTF: Tensor, weigh: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    """All targets of all heads of a row compete; [B, T, F] by position."""
+    B, T, F = score_BTF.shape
+    # Flattened token by token, so that of equal scores the earlier token's win.
+    return by_head(weigh(score_BTF.reshape(B, T * F), valid_BTF.reshape(B, T * F)).view(B, T, F))
+
+
+def mean_one_per_head(u_BTF: Tensor, response_BT: Tensor) -> Tensor:
+    """Non-negative numbers by position and head, scaled to mean 1 over each row's targets of each head."""
+    return separate(by_target(u_BTF), targets(response_BT, u_BTF.shape[2]), mean_one)
+
+
+def zscore(score_BTF: Tensor, valid_BTF: Tensor) -> Tensor:
+    """Each head's scores standardised over the row, 0 off the mask."""
+    score_BTF, n_B1F = score_BTF.masked_fill(~valid_BTF, 0.0), valid_BTF.sum(1, keepdim=True).clamp(min=1)
+    centred_BTF = (score_BTF - score_BTF.sum(1, keepdim=True) / n_B1F) * valid_BTF
+    return centred_BTF / (centred_BTF.square().sum(1, keepdim=True) / n_B1F).sqrt().clamp(min=1e-6)
