@@ -17,7 +17,7 @@ def work(params: Any, track: Any, scores: str, out: str) -> dict[str, Any]:
         method = METHODS[arm]
         files = {path.name: sha256_file(path) for path in method.source_files()}
         signal = sha256_file(Path(scores) / f"{method.signal}.safetensors") if method.signal else None
-        write_text(Path(out) / f"{arm}.json", json.dumps({"weighting": files, "signal": signal}, indent=1) + "\n")
+        write_text(Path(out) / f"{arm}.json", json.dumps({**method._asdict(), "files": files, "scores": signal}, indent=1) + "\n")
     return {"arms": len(params.study.arms)}
 
 

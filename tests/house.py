@@ -11,6 +11,9 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 # Rooms that never shape an output: an edit of logging must not re-run a training.
 EXEMPT = {"params", "view", "progress", "tracking", "launch", "overlay"}
+PIPELINES = ("dvc.yaml", "study/dvc.yaml")
+# A stage reads one row of it, which its method's files and its signal repeat: a further row must not re-run what is there.
+TABLE = ROOT / "wmtp/weighting/__init__.py"
 
 
 def module_file(name: str) -> Path | None:
@@ -40,7 +43,7 @@ def imports(file: Path) -> frozenset[Path]:
 
 
 def closure(file: Path) -> set[Path]:
-    """`file` and all that it imports, rooms that never shape an output left out."""
+    """`file` and all that it imports, rooms that never shape an output and the table of methods left out."""
     seen, waiting = set(), [file]
     while waiting:
         current = waiting.pop()
@@ -48,7 +51,7 @@ def closure(file: Path) -> set[Path]:
             continue
         seen.add(current)
         waiting += imports(current)
-    return seen
+    return seen - {TABLE}
 
 
 def code_dependencies(stage_module: str) -> list[str]:
@@ -79,7 +82,11 @@ def method_files() -> set[str]:
 
 
 def main() -> None:
-    pipeline = ROOT / "dvc.yaml"
+    for name in PIPELINES:
+        rewrite(ROOT / name)
+
+
+def rewrite(pipeline: Path) -> None:
     lines, out, skipping, body = pipeline.read_text().splitlines(), [], False, None
     for line in lines:
         if match := re.search(r"-m stages\.(\w+)|-- stages\.(\w+)", line):

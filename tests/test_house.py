@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.house import EXEMPT, ROOT, code_dependencies, filled, imports, method_files, weighting_dependencies
+from tests.house import EXEMPT, PIPELINES, ROOT, code_dependencies, filled, imports, method_files, weighting_dependencies
 from wmtp.params import OPERATIONAL, ParameterError, Params, validate
-from wmtp.view import View, declared_keys
+from wmtp.view import View, declared_keys, split_arguments
 from wmtp.weighting import METHODS
 
 # Rooms by wing, a list a floor, lowest first. An import goes to a strictly lower floor, and never from one wing into the other.
@@ -31,9 +31,9 @@ TRAINING = [
 ]
 JUDGING = [
     "grammar codec confine checkers",
-    "layouts cases passk namespaces seccomp landlock runtime",
+    "layouts cases passk namespaces seccomp landlock runtime pages",
     "problems synthetic zygote compare report",
-    "raw_data sandbox",
+    "raw_data sandbox study study_report",
     "session hub_data",
     "referee",
     "judge",
@@ -42,7 +42,7 @@ JUDGING = [
 PLACE = {room: (wing, floor) for wing, floors in (("both", BOTH), ("training", TRAINING), ("judging", JUDGING))
          for floor, rooms in enumerate(floors) for room in rooms.split()}  # fmt: skip
 STAGES = sorted((ROOT / "stages").glob("[a-z]*.py"))
-PIPELINE = yaml.safe_load((ROOT / "dvc.yaml").read_text())
+PIPELINE, STUDY = (yaml.safe_load((ROOT / name).read_text()) for name in PIPELINES)
 PARAMS = yaml.safe_load((ROOT / "params.yaml").read_text())
 
 
@@ -51,14 +51,23 @@ def room(path: Path) -> str:
 
 
 def instances() -> dict[str, tuple[str, dict]]:
-    """Every stage instance by its DVC name: (module of its command, its body)."""
+    """Every stage instance by its DVC name, of a study's seeds the first: (module of its command, its body)."""
     found = {}
-    for name, entry in PIPELINE["stages"].items():
-        body = entry.get("do", entry)
-        module = re.search(r"(?:-m|--) stages\.(\w+)", body["cmd"])[1]
-        for key in entry.get("foreach", {"": None}):
-            found[f"{name}@{key}" if key else name] = (module, body)
+    for prefix, pipeline in (("", PIPELINE), ("study/dvc.yaml:", STUDY)):
+        for name, entry in pipeline["stages"].items():
+            body = entry.get("do", entry)
+            module = re.search(r"(?:-m|--) stages\.(\w+)", body["cmd"])[1]
+            arms = [f"{arm}-{PARAMS['study']['seeds'][0]}" for arm in PARAMS["study"]["arms"]]
+            for key in arms if "matrix" in entry else entry.get("foreach", {"": None}):
+                found[f"{prefix}{name}@{key}" if key else f"{prefix}{name}"] = (module, body)
     return found
+
+
+def keys_of(name: str) -> list[str]:
+    """What the stage declares, and what its command sets."""
+    prefix, _, stage = name.rpartition(":")
+    _, settings = split_arguments(instances()[name][1]["cmd"].split())
+    return [*declared_keys(stage, STUDY if prefix else PIPELINE, PARAMS), *settings]
 
 
 def test_every_room_has_a_place_and_a_sentence():
@@ -130,7 +139,8 @@ def test_the_files_behind_a_weighting_are_found_through_what_it_imports():
 
 def test_one_table_of_methods():
     trained = PIPELINE["stages"]["train"]["foreach"]
-    assert list(PARAMS["methods"]) == list(trained) and set(trained) <= set(METHODS)
+    assert {*trained, *PARAMS["study"]["arms"]} == set(PARAMS["methods"]) <= set(METHODS)
+    assert all(METHODS[name].weighting == block["weighting"] for name, block in PARAMS["methods"].items())
     evaluated = ["start", *trained]
     assert list(PIPELINE["stages"]["sample"]["foreach"]) == evaluated
     assert PIPELINE["stages"]["evaluate-humaneval-mbpp"]["foreach"] == evaluated
@@ -165,7 +175,7 @@ def dotted(node: ast.AST, aliases: dict[str, str]) -> str:
 
 @pytest.mark.parametrize("name", instances())
 def test_declared_parameters_exist_and_belong(name):
-    for key in declared_keys(name, PIPELINE):
+    for key in keys_of(name):
         value = PARAMS
         for part in key.split("."):
             assert part in value, f"{name} declares {key}, which params.yaml does not have"
@@ -176,7 +186,7 @@ def test_declared_parameters_exist_and_belong(name):
 def test_what_a_stage_reads_it_declares(name):
     module, _ = instances()[name]
     whole = validate(copy.deepcopy(PARAMS))
-    view = View(whole, declared_keys(name, PIPELINE) + OPERATIONAL, name)
+    view = View(whole, keys_of(name) + OPERATIONAL, name)
     lazily = ("critic.gate.train_anyway", "training.beta")  # asked for only by the methods that have them
     for key in keys_read(module):
         if module == "train" and any(f"{lazy}.".startswith(f"{key}.") for lazy in lazily):
@@ -208,8 +218,8 @@ def leaves(section: dict, path: str = "") -> list[str]:
 
 def test_no_dead_parameter():
     """Every leaf of params.yaml is declared by a stage, used in a command or path of dvc.yaml, or operational."""
-    text = (ROOT / "dvc.yaml").read_text()
-    used = {key for name in instances() for key in declared_keys(name, PIPELINE)} | set(re.findall(r"\$\{([\w.]+)\}", text))
+    text = "".join((ROOT / name).read_text() for name in PIPELINES)
+    used = {key for name in instances() for key in keys_of(name)} | set(re.findall(r"\$\{([\w.]+)\}", text))
     for leaf in leaves(PARAMS):
         prefixes = [leaf.rsplit(".", n)[0] for n in range(leaf.count(".") + 1)]
         assert any(prefix in used or prefix in OPERATIONAL for prefix in prefixes), f"{leaf} changes nothing"

@@ -359,6 +359,12 @@ class Evaluation(Section):
         return self
 
 
+class Study(Section):
+    arms: list[str] = Field(description="methods that study/dvc.yaml trains, each with every seed")
+    seeds: list[Annotated[int, Field(ge=0)]] = Field(description="training seeds; six at least for an exact test to reach p < 0.05")
+    n_samples: Annotated[int, Field(ge=1)] = Field(description="sampled completions a problem, beside one greedy")
+
+
 class Report(Section):
     method: str = Field(description="whose metrics become metrics/selected.json")
     bootstrap: Annotated[int, Field(ge=100)] = Field(description="resamples of a paired interval")
@@ -384,6 +390,7 @@ class Params(Section):
     methods: dict[str, AnyMethod]
     evaluation: Evaluation
     report: Report
+    study: Study
     tracking: Tracking
     log_level: Literal["quiet", "info", "debug"] = Field(description="of the progress lines on stderr; debug shows tracebacks")
 
@@ -391,6 +398,13 @@ class Params(Section):
     def _report_names_a_method(self) -> "Params":
         if self.report.method not in self.methods:
             raise ValueError(f"report.method {self.report.method!r} is none of methods: {', '.join(self.methods)}")
+        return self
+
+    @model_validator(mode="after")
+    def _study_names_methods(self) -> "Params":
+        for arm in self.study.arms:
+            if arm not in self.methods or "-" in arm:
+                raise ValueError(f"study.arms: {arm!r} is none of methods: {', '.join(self.methods)}")
         return self
 
 

@@ -7,10 +7,12 @@ settings of the method's block, and what it asks for by name: `beta` and `seed` 
 numbers for the log), and `fitted`, what the file's own `fit(steps, **settings)` found in one pass over the split before the training.
 """
 
+import ast
 import importlib
 import inspect
 from collections.abc import Callable, Mapping
 from functools import cache
+from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal, NamedTuple
 
@@ -50,6 +52,16 @@ class Method(NamedTuple):
     def module(self) -> ModuleType:
         """Imported on use: a method depends on its own file and what that imports."""
         return importlib.import_module(f"wmtp.weighting.{self.weighting}")
+
+    def source_files(self) -> list[Path]:
+        """The weighting's own file and those of wmtp that it imports, at any depth: what its weights depend on beside its settings."""
+        root, found, waiting = Path(__file__).parents[1], set(), [Path(__file__).with_name(f"{self.weighting}.py")]
+        while waiting:
+            found.add(file := waiting.pop())
+            names = [node.module for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.ImportFrom) and node.module]
+            files = {root.joinpath(*name.split(".")[1:]).with_suffix(".py") for name in names if name.startswith("wmtp.")}
+            waiting += [file for file in files if file.is_file() and file not in found]
+        return sorted(found)
 
     def function(self) -> Callable[..., Tensor]:
         return self.module().head_weights if self.needs_forward else self.module().token_weights
