@@ -1,0 +1,69 @@
+"""One step of eight rows as 1 x 8, as 4 x 2 and on two ranks gives equal gradients, for every method (METHODS, "Tests", 4)."""
+
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests import methods
+from tests.conftest import run_ranks
+from tests.test_train import ALONE, assert_equal_gradients, gradient, plan_of, start_model
+from wmtp.batches import share
+from wmtp.tokens import TokenData
+from wmtp.weighting import METHODS
+from wmtp.world import joined
+
+ALL_ROWS = 10**6
+
+
+def eight_rows(data, name):
+    """A step of eight rows, one of them twice as at the border of two passes, and the method fitted to the split."""
+    plan = plan_of(data, 8)
+    step = plan.step(0)
+    step = step.take(torch.tensor([0, 1, 2, 3, 4, 5, 6, 0]).numpy())
+    return step, methods.objective(name, plan.first_pass(), n_future=3)
+
+
+def two_rows_each(step):
+    """A budget under which eight rows make four micro-batches or more."""
+    budget = int((step.response_BT.sum(1) + step.response_BT.int().argmax(1)).max()) * 2
+    assert 4 <= len(share(step, 0, 1, budget)) <= 8
+    return budget
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_micro_batches_give_the_gradient_of_the_whole(micro, data, name):
+    step, objective = eight_rows(data, name)
+    whole = gradient(start_model(micro.bundle), objective, step, budget=ALL_ROWS)
+    assert_equal_gradients(gradient(start_model(micro.bundle), objective, step, budget=two_rows_each(step)), whole, 1e-10)
+
+
+def on_two_ranks(bundle, processed, out):
+    torch.set_num_threads(1)
+    # A wait for a rank that never comes must end within the test.
+    torch.distributed.init_process_group("gloo", timeout=timedelta(seconds=30))
+    data, found = TokenData(processed, "policy"), {}
+    with joined("cpu") as world:
+        for name in METHODS:
+            step, objective = eight_rows(data, name)
+            found[name] = gradient(start_model(Path(bundle)), objective, step, world, two_rows_each(step))
+    torch.save(found, f"{out}/{world.rank}.pt")
+
+
+@pytest.fixture(scope="module")
+def ranks(micro, tmp_path_factory):
+    """What two real ranks found."""
+    out = tmp_path_factory.mktemp("ranks")
+    ends = run_ranks("tests.test_weighting_split", "on_two_ranks", micro.bundle, micro.processed, out, seconds=120)
+    assert [code for code, _ in ends] == [0, 0], "\n".join(error[-3000:] for _, error in ends)
+    return [torch.load(out / f"{rank}.pt") for rank in (0, 1)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", METHODS)
+def test_two_ranks_give_the_gradient_of_one(ranks, micro, data, name):
+    step, objective = eight_rows(data, name)
+    expected = gradient(start_model(micro.bundle), objective, step, ALONE, budget=ALL_ROWS)
+    for found in ranks:
+        assert_equal_gradients(found[name], expected, 1e-10)
