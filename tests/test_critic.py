@@ -2,7 +2,6 @@
 
 import math
 from dataclasses import replace
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,7 +14,7 @@ from torch import nn
 from tests.test_advantage import double_sum
 from wmtp.batches import Batch, share
 from wmtp.bundle import ModelArgs, write_bundle
-from wmtp.critic import Critic, ValueObjective, critic_sha256, load_critic, objective, pairs, save_critic
+from wmtp.critic import Critic, ValueObjective, critic_sha256, load_critic, pairs, save_critic
 from wmtp.model import Transformer
 from wmtp.tokens import TokenData
 from wmtp.world import World
@@ -186,10 +185,6 @@ def test_the_summary_is_a_mean_over_programs():
     assert figures["brier"] == pytest.approx(math.fsum(brier) / len(brier), rel=1e-9) == pytest.approx(figures["loss"], rel=1e-9)
 
 
-def test_the_objective_comes_from_its_section():
-    assert objective(SimpleNamespace(loss="huber", gamma=0.9, lam=0.8, lm_coef=0.5)) == ValueObjective("huber", 0.9, 0.8, 0.5)
-
-
 def test_the_language_loss_is_that_of_the_correct_programs_a_mean_each():
     critic, step = small_critic(), whole_step()
     plain, both = (train(critic, ValueObjective("bce", lm_coef=coef), step, 40) for coef in (0.0, 0.7))
@@ -289,7 +284,8 @@ def saved(tmp_path):
     critic = small_critic(torch.float32)
     state = {name: tensor.detach().clone() for name, tensor in critic.trunk.state_dict().items()}
     write_bundle(tmp_path / "start", critic.trunk.args, state, b"tokenizer", source="test", dropped=[], extra={})
-    save_critic(critic, tmp_path / "start", tmp_path / "critic", {"passed": True}, World(0, 1, torch.device("cpu")))
+    trained_on = {"task_ids": ["3_a"], "groups": ["3"]}
+    save_critic(critic, tmp_path / "start", tmp_path / "critic", {"passed": True}, trained_on, World(0, 1, torch.device("cpu")))
     return critic, tmp_path / "critic"
 
 

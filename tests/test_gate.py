@@ -217,26 +217,29 @@ def test_a_drop_within_one_token_of_the_fault_is_a_hit(drop, hit):
     values[drop - 1 :] -= 0.4
     found = localisation(judged([row(2, *values)], [2], [0], span=[(5, 7)]))
     # v[1]..v[10] are judged, so tokens 2..10 have differences: nine places, four of them near.
-    assert found == (float(hit), pytest.approx(4 / 9), 1)
+    assert (found.hit.tolist(), found.chance.tolist()) == ([float(hit)], [pytest.approx(4 / 9)])
 
 
 def test_chance_is_less_at_the_edges_and_shares_are_over_programs():
     falling = row(2, 0.9, 0.1, 0.1, 0.1, 0.1)  # tokens 2..5; the drop is at token 2
     part = judged([falling, falling, falling], [2, 2, 2], [0, 0, 0], span=[(2, 3), (5, 6), (4, 5)])
-    assert localisation(part) == (pytest.approx(1 / 3), pytest.approx((2 / 4 + 2 / 4 + 3 / 4) / 3), 3)
+    figures = localisation(part).figures(0.95, 0)
+    assert figures["bug_localisation"] == pytest.approx(1 / 3) and figures["n_bugs"] == 3
+    assert figures["bug_localisation_by_chance"] == pytest.approx((2 / 4 + 2 / 4 + 3 / 4) / 3)
 
 
 def test_the_largest_drop_is_the_lowest_difference_not_the_largest_change():
     values = row(2, 0.2, 0.9, 0.9, 0.6, 0.6)  # rises by 0.7 at token 2, falls by 0.3 at token 4
-    assert localisation(judged([values], [2], [0], span=[(4, 5)]))[0] == 1
+    assert localisation(judged([values], [2], [0], span=[(4, 5)])).hit == [1]
 
 
 def test_right_programs_unknown_faults_and_the_end_of_text_are_left_out():
     values = np.array([UNREAD, 0.5, 0.4, 0.1, 0.1, -50.0], dtype=np.float32)
     part = judged([values] * 3, [2] * 3, [1, 0, 0], span=[(3, 4), (-1, -1), (3, 4)])
-    assert localisation(part) == (1.0, pytest.approx(1.0), 1)
-    found, chance, n = localisation(judged([values], [2], [1], span=[(3, 4)]))
-    assert math.isnan(found) and math.isnan(chance) and n == 0
+    found = localisation(part)
+    assert (found.hit.tolist(), found.chance.tolist(), found.problem.tolist()) == ([1.0], [1.0], [2])
+    nothing = localisation(judged([values], [2], [1], span=[(3, 4)])).figures(0.95, 0)
+    assert nothing.pop("n_bugs") == 0 and all(math.isnan(value) for value in nothing.values())
 
 
 # --- the gate ----------------------------------------------------------------------------------------------------------------------
@@ -308,16 +311,19 @@ def test_every_figure_by_hand():
         "auc_low": 1.0,
         "auc_high": 1.0,
         "length_auc": 0.5,
-        "auc_at_0": wins([0.5, 0.4], [0.5, 0.6]),
+        "prompt_auc": wins([0.5, 0.4], [0.5, 0.6]),
         # A quarter of two steps is none, of three steps one; half of two is one, of three two; three quarters round to two.
         "auc_at_25": wins([0.5, 0.4], [0.5, 0.8]),
         "auc_at_50": wins([0.6, 0.6], [0.5, 0.2]),
         "auc_at_75": wins([0.9, 0.6], [0.2, 0.2]),
+        "auc_at_100": 1.0,
         "pair_accuracy": 1.0,
         "brier": float(((end - correct) ** 2).mean()),
         "calibration_error": (0.1 + 0.2 + 0.3 + 0.3) / 4,
         "delta_std": float(np.std(deltas)),
         "bug_localisation": 1.0,
+        "bug_localisation_low": 1.0,
+        "bug_localisation_high": 1.0,
         "bug_localisation_by_chance": 1.0,
         "n_bugs": 2,
         "n_programs": 4,
