@@ -14,7 +14,7 @@ from torch import nn
 from tests.test_advantage import double_sum
 from wmtp.batches import Batch, share
 from wmtp.bundle import ModelArgs, write_bundle
-from wmtp.critic import Critic, ValueObjective, critic_sha256, load_critic, pairs, save_critic
+from wmtp.critic import Critic, CriticError, ValueObjective, critic_sha256, load_critic, pairs, read_card, save_critic
 from wmtp.model import Transformer
 from wmtp.tokens import TokenData
 from wmtp.world import World
@@ -215,6 +215,12 @@ def test_a_value_reads_the_running_surprise_of_the_response_and_no_gradient_come
     assert all(p.grad is None or not p.grad.any() for p in critic.trunk.parameters())
 
 
+@pytest.mark.parametrize("kind", ["mae", "pairwise", "", "BCE"])
+def test_an_unknown_loss_is_an_error(kind):
+    with pytest.raises(CriticError, match=rf"critic.loss.kind: found '{kind}', expected one of bce, mse, huber"):
+        ValueObjective(kind)
+
+
 # --- the network -------------------------------------------------------------------------------------------------------------------
 
 
@@ -301,6 +307,26 @@ def test_the_identity_of_a_critic_follows_its_head(saved):
     before, head = critic_sha256(path), load_file(path / "value_head.safetensors")
     save_file({**head, "bias": head["bias"] + 1}, path / "value_head.safetensors")
     assert critic_sha256(path) != before
+
+
+def test_a_critic_says_what_its_values_are_and_which_problems_it_saw(saved):
+    _, path = saved
+    assert read_card(path) == {"unit": "probability", "task_ids": ["3_a"], "groups": ["3"]} and load_critic(path).unit == "probability"
+    before = critic_sha256(path)
+    (path / "critic.json").write_text((path / "critic.json").read_text().replace("probability", "logit"))
+    assert load_critic(path).unit == "logit" and critic_sha256(path) != before
+
+
+@pytest.mark.parametrize(
+    "damage, message", [(None, "no readable description"), ("{", "no readable"), ('{"unit": "logit"}', "lacks groups")]
+)
+def test_a_critic_that_does_not_say_it_is_refused(saved, damage, message):
+    _, path = saved
+    (path / "critic.json").unlink()
+    if damage is not None:
+        (path / "critic.json").write_text(damage)
+    with pytest.raises(CriticError, match=rf"critic.json: {message}.*run critic-pretrain again"):
+        load_critic(path)
 
 
 @pytest.mark.slow

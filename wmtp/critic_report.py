@@ -4,6 +4,7 @@ Values and what they mean are those of wmtp.gate. Equal values give equal bytes.
 """
 
 import csv
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,7 +20,8 @@ from wmtp.report import COLOURS, GREY, STYLE
 SHARES = range(0, 101, 10)  # of a response, in percent
 SHOWN = 64  # tokens of a program, at most
 RIGHT, WRONG = COLOURS[0], COLOURS[2]
-VISIBLE = {"\u2581": "\u00b7", "<0x0A>": "\u21b5", "<0x09>": "\u21e5"}
+BYTE = re.compile(r"<0x([0-9A-F]{2})>")
+VISIBLE = {"\u2581": "\u00b7", " ": "\u00b7", "\n": "\u21b5", "\t": "\u21e5"}
 
 
 @dataclass(frozen=True)
@@ -91,10 +93,11 @@ def _write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def visible(piece: str) -> str:
-    """A vocabulary piece with its white space to be seen; what the font may lack as an escape."""
-    for hidden, shown in VISIBLE.items():
-        piece = piece.replace(hidden, shown)
-    return "".join(letter if letter.isascii() or letter in VISIBLE.values() else ascii(letter)[1:-1] for letter in piece)
+    """A vocabulary piece with its white space to be seen, bytes as ASCII where they are; what the font may lack as an escape."""
+    letters = BYTE.sub(lambda byte: chr(int(byte[1], 16)), piece)
+    return "".join(
+        VISIBLE.get(letter, ascii(letter)[1:-1] if not letter.isprintable() or not letter.isascii() else letter) for letter in letters
+    )
 
 
 def draw(
@@ -110,7 +113,8 @@ def draw(
         _draw_prefix(panels[-1], prefix, unit, confidence)
         low = min(float(curve.values.min()) for curve in pair)
         high = max(float(curve.values.max()) for curve in pair)
-        limits = (-0.04, 1.04) if unit == "probability" else (low - 0.05 * (high - low), high + 0.05 * (high - low))
+        margin = 0.05 * (high - low) or 1.0
+        limits = (-0.04, 1.04) if unit == "probability" else (low - margin, high + margin)
         for part, curve in zip(rows, pair):
             _draw_curve(part.subplots(), curve, unit, limits)
 
@@ -129,7 +133,7 @@ def _draw_reliability(panel: Any, bins: Sequence[Mapping[str, float]]) -> None:
     panel.set_xlabel("predicted probability of passing")
     panel.set_ylabel("observed share")
     panel.set_xlim(-0.03, 1.03)
-    panel.set_ylim(-0.06, 1.06)
+    panel.set_ylim(-0.12, 1.06)
 
 
 def _draw_prefix(panel: Any, prefix: Sequence[Mapping[str, float]], unit: str, confidence: float) -> None:
@@ -150,8 +154,10 @@ def _draw_curve(panel: Any, curve: Curve, unit: str, limits: tuple[float, float]
     if curve.fault:
         panel.axvspan(curve.fault[0] + 0.5, curve.fault[1] + 0.5, color=COLOURS[4], alpha=0.35, lw=0)
         label = "known bug" if curve.name == "incorrect" else "where the other has its bug"
+        leftwards = sum(curve.fault) > first + end
         panel.annotate(
-            label, (curve.fault[1] + 0.5, 0), (4, 4), xycoords=("data", "axes fraction"), textcoords="offset points", fontsize=8,
+            label, (curve.fault[0 if leftwards else 1] + 0.5, 0), (-4 if leftwards else 4, 4), xycoords=("data", "axes fraction"),
+            textcoords="offset points", ha="right" if leftwards else "left", fontsize=8, annotation_clip=False,
         )  # fmt: skip
     places = range(first, end)
     panel.plot(places, curve.values[first:end], color=colour, marker="o", ms=3, lw=1.2)
@@ -162,7 +168,8 @@ def _draw_curve(panel: Any, curve: Curve, unit: str, limits: tuple[float, float]
     panel.set_xlim(first - 0.8, end - 0.2)
     panel.set_ylim(*limits)
     shown = "" if end - first == len(curve.values) else f" (tokens {first} to {end - 1} of {len(curve.texts)})"
-    panel.set_title(f"Value along {'a' if curve.name == 'correct' else 'an'} {curve.name} program{shown}", loc="left")
+    which = "a correct program" if curve.name == "correct" else "an incorrect program of the same problem"
+    panel.set_title(f"Value along {which}{shown}", loc="left")
     panel.set_ylabel("value" if unit == "probability" else "value, logit")
 
 
