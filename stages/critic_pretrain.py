@@ -1,4 +1,4 @@
-"""python -m stages.critic_pretrain START PROCESSED OUT LOG REPORT: the value network and its quality gate on held-out problems."""
+"""python -m stages.critic_pretrain START PROCESSED OUT LOG REPORT PICTURES: the value network and its quality gate on held-out problems."""
 
 import json
 from pathlib import Path
@@ -7,42 +7,46 @@ from typing import Any
 import torch
 
 from stages import run
-from wmtp import critic, gate, scoring, train
+from wmtp import critic, critic_report, gate, pretrain, scores, train
 from wmtp.bundle import bundle_sha256
 from wmtp.model import load_bundle
+from wmtp.progress import say
 from wmtp.records import write_text
 from wmtp.tokens import TokenData, check_same_tokenizer
 from wmtp.world import joined
 
 
-def work(params: Any, track: Any, start: str, processed: str, out: str, log: str, report: str) -> dict[str, Any]:
-    settings = params.critic
+def work(params: Any, track: Any, start: str, processed: str, out: str, log: str, report: str, pictures: str) -> dict[str, Any]:
+    settings, budget, folder = params.critic, params.optimizer.micro_batch_tokens, Path(pictures)
+    judging = {"seed": params.seed, "confidence": settings.gate.confidence}
     with joined(params.run.device) as world:
         data, held_out = TokenData(processed, "critic"), TokenData(processed, "validation")
-        check_same_tokenizer(data.tokenizer_sha256, start, "critic.start")
-        model = critic.Critic(load_bundle(start, n_future=1, dtype=torch.float32, device=world.device)).to(world.device)
+        tokenizer = check_same_tokenizer(data.tokenizer_sha256, start, "critic.start")
+        pairs = critic.pairs(data)
+        trained_on = scores.problems_of(data, pairs.reshape(-1))
+        scores.check_out_of_fold(trained_on, held_out, "the gate")
+        trunk = load_bundle(start, n_future=1, dtype=torch.float32, device=world.device)
+        model = pretrain.network(settings.loss, trunk).to(world.device)
         plan = train.Plan(
-            data, critic.pairs(data), settings.batch_rows // 2, settings.n_epochs, settings.learning_rate, params.seed,
+            data, pairs, settings.batch_rows // 2, settings.n_epochs, settings.learning_rate, params.seed,
             checkpoint_every=params.run.checkpoint_every,
         )  # fmt: skip
         fitted = {"stage": "critic", "inputs": {"start": bundle_sha256(start), "data": data.sha256}, "on_log": track.log}
         figures: dict[str, Any] = {}
-        with train.fitted(model, critic.objective(settings), plan, params, world, **fitted) as records:
-            for name, part in (("held_out", held_out), ("in_fold", data)):
-                rows = critic.pairs(part)[:1000].reshape(-1)
-                values = scoring.score_rows(scoring.critic_value(model), part, rows, world, params.optimizer.micro_batch_tokens)
-                if values is not None:
-                    judged = gate.Judged(
-                        values, part.response_start[rows], part.is_correct[rows], part.problem_of[rows], part.spans()[rows]
-                    )
-                    found = gate.report(
-                        judged, seed=params.seed, confidence=settings.gate.confidence, min_delta_std=settings.gate.min_delta_std
-                    )
-                    figures |= found if name == "held_out" else {"auc_in_fold": found["auc"]}
-            critic.save_critic(model, Path(start), Path(out), figures, world)
+        with train.fitted(model, pretrain.objective(settings.loss, settings.lm_coef), plan, params, world, **fitted) as records:
+            rows, judged = pretrain.judge(model, held_out, world, budget)
+            _, known = pretrain.judge(model, data, world, budget)
             if world.is_first:
+                figures = gate.report(judged, min_delta_std=settings.gate.min_delta_std, **judging)
+                figures |= {"auc_in_fold": known.auc(known.at_share(1.0))}
+                pair = critic_report.typical_pair(judged)
+                texts = pretrain.response_texts(tokenizer, held_out, rows[list(pair)])
+                critic_report.write(folder, judged, critic_report.curves(judged, pair, texts), **judging)
                 train.write_log(Path(log), records)
                 write_text(report, json.dumps(figures, indent=2) + "\n")
+                for reason in gate.failures(figures, settings.gate.min_delta_std):
+                    say(f"critic: the quality gate FAILED: {reason}")
+            critic.save_critic(model, Path(start), Path(out), figures, trained_on, world)
     return {key: float(value) for key, value in figures.items() if value is not None}
 
 

@@ -8,7 +8,8 @@ import torch
 
 from stages import run
 from wmtp import scoring
-from wmtp.critic import critic_sha256, load_critic
+from wmtp.critic import critic_sha256, load_critic, read_card
+from wmtp.scores import check_out_of_fold
 from wmtp.tokens import TokenData, check_same_tokenizer
 from wmtp.world import joined
 
@@ -17,10 +18,11 @@ def work(params: Any, track: Any, model: str, processed: str, out: str) -> None:
     with joined(params.run.device) as world:
         data = TokenData(processed, "policy")
         check_same_tokenizer(data.tokenizer_sha256, Path(model) / "trunk", "the critic")
+        check_out_of_fold(read_card(model), data, model)
         critic = load_critic(model, device=world.device, dtype=getattr(torch, params.run.dtype)).eval()
-        score = scoring.critic_value(critic)
-        passed = json.loads((Path(model) / "gate.json").read_text())["passed"]
-        scoring.score_split(score, data, critic_sha256(model), Path(out), world, params.optimizer.micro_batch_tokens, passed)
+        passed, score = json.loads((Path(model) / "gate.json").read_text())["passed"], scoring.critic_value(critic)
+        budget = params.optimizer.micro_batch_tokens
+        scoring.score_split(score, data, critic_sha256(model), Path(out), world, budget, passed, critic.unit)
 
 
 if __name__ == "__main__":

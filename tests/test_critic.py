@@ -2,7 +2,6 @@
 
 import math
 from dataclasses import replace
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,7 +14,7 @@ from torch import nn
 from tests.test_advantage import double_sum
 from wmtp.batches import Batch, share
 from wmtp.bundle import ModelArgs, write_bundle
-from wmtp.critic import Critic, ValueObjective, critic_sha256, load_critic, objective, pairs, save_critic
+from wmtp.critic import Critic, CriticError, ValueObjective, critic_sha256, load_critic, pairs, read_card, save_critic
 from wmtp.model import Transformer
 from wmtp.tokens import TokenData
 from wmtp.world import World
@@ -186,10 +185,6 @@ def test_the_summary_is_a_mean_over_programs():
     assert figures["brier"] == pytest.approx(math.fsum(brier) / len(brier), rel=1e-9) == pytest.approx(figures["loss"], rel=1e-9)
 
 
-def test_the_objective_comes_from_its_section():
-    assert objective(SimpleNamespace(loss="huber", gamma=0.9, lam=0.8, lm_coef=0.5)) == ValueObjective("huber", 0.9, 0.8, 0.5)
-
-
 def test_the_language_loss_is_that_of_the_correct_programs_a_mean_each():
     critic, step = small_critic(), whole_step()
     plain, both = (train(critic, ValueObjective("bce", lm_coef=coef), step, 40) for coef in (0.0, 0.7))
@@ -218,6 +213,12 @@ def test_a_value_reads_the_running_surprise_of_the_response_and_no_gradient_come
         assert logits[b, P - 1 : L].tolist() == pytest.approx([0.0, *surprise[1:]], abs=1e-12)
     logits.sum().backward()
     assert all(p.grad is None or not p.grad.any() for p in critic.trunk.parameters())
+
+
+@pytest.mark.parametrize("kind", ["mae", "pairwise", "", "BCE"])
+def test_an_unknown_loss_is_an_error(kind):
+    with pytest.raises(CriticError, match=rf"critic.loss.kind: found '{kind}', expected one of bce, mse, huber"):
+        ValueObjective(kind)
 
 
 # --- the network -------------------------------------------------------------------------------------------------------------------
@@ -289,7 +290,8 @@ def saved(tmp_path):
     critic = small_critic(torch.float32)
     state = {name: tensor.detach().clone() for name, tensor in critic.trunk.state_dict().items()}
     write_bundle(tmp_path / "start", critic.trunk.args, state, b"tokenizer", source="test", dropped=[], extra={})
-    save_critic(critic, tmp_path / "start", tmp_path / "critic", {"passed": True}, World(0, 1, torch.device("cpu")))
+    trained_on = {"task_ids": ["3_a"], "groups": ["3"]}
+    save_critic(critic, tmp_path / "start", tmp_path / "critic", {"passed": True}, trained_on, World(0, 1, torch.device("cpu")))
     return critic, tmp_path / "critic"
 
 
@@ -305,6 +307,26 @@ def test_the_identity_of_a_critic_follows_its_head(saved):
     before, head = critic_sha256(path), load_file(path / "value_head.safetensors")
     save_file({**head, "bias": head["bias"] + 1}, path / "value_head.safetensors")
     assert critic_sha256(path) != before
+
+
+def test_a_critic_says_what_its_values_are_and_which_problems_it_saw(saved):
+    _, path = saved
+    assert read_card(path) == {"unit": "probability", "task_ids": ["3_a"], "groups": ["3"]} and load_critic(path).unit == "probability"
+    before = critic_sha256(path)
+    (path / "critic.json").write_text((path / "critic.json").read_text().replace("probability", "logit"))
+    assert load_critic(path).unit == "logit" and critic_sha256(path) != before
+
+
+@pytest.mark.parametrize(
+    "damage, message", [(None, "no readable description"), ("{", "no readable"), ('{"unit": "logit"}', "lacks groups")]
+)
+def test_a_critic_that_does_not_say_it_is_refused(saved, damage, message):
+    _, path = saved
+    (path / "critic.json").unlink()
+    if damage is not None:
+        (path / "critic.json").write_text(damage)
+    with pytest.raises(CriticError, match=rf"critic.json: {message}.*run critic-pretrain again"):
+        load_critic(path)
 
 
 @pytest.mark.slow

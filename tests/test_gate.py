@@ -4,6 +4,7 @@ import json
 import math
 import signal
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 from scipy.stats import mannwhitneyu
 
 from wmtp import gate as room
-from wmtp.gate import Judged, auc, bootstrap_auc, calibration, localisation, pair_accuracy, report
+from wmtp.gate import Judged, auc, bootstrap_auc, bootstrap_mean, calibration, failures, localisation, pair_accuracy, report
 
 UNREAD = 99.0  # stands at states that judge nothing: before the last prompt token, and at the end of text
 
@@ -217,26 +218,29 @@ def test_a_drop_within_one_token_of_the_fault_is_a_hit(drop, hit):
     values[drop - 1 :] -= 0.4
     found = localisation(judged([row(2, *values)], [2], [0], span=[(5, 7)]))
     # v[1]..v[10] are judged, so tokens 2..10 have differences: nine places, four of them near.
-    assert found == (float(hit), pytest.approx(4 / 9), 1)
+    assert (found.hit.tolist(), found.chance.tolist()) == ([float(hit)], [pytest.approx(4 / 9)])
 
 
 def test_chance_is_less_at_the_edges_and_shares_are_over_programs():
     falling = row(2, 0.9, 0.1, 0.1, 0.1, 0.1)  # tokens 2..5; the drop is at token 2
     part = judged([falling, falling, falling], [2, 2, 2], [0, 0, 0], span=[(2, 3), (5, 6), (4, 5)])
-    assert localisation(part) == (pytest.approx(1 / 3), pytest.approx((2 / 4 + 2 / 4 + 3 / 4) / 3), 3)
+    figures = localisation(part).figures(0.95, 0)
+    assert figures["bug_localisation"] == pytest.approx(1 / 3) and figures["n_bugs"] == 3
+    assert figures["bug_localisation_by_chance"] == pytest.approx((2 / 4 + 2 / 4 + 3 / 4) / 3)
 
 
 def test_the_largest_drop_is_the_lowest_difference_not_the_largest_change():
     values = row(2, 0.2, 0.9, 0.9, 0.6, 0.6)  # rises by 0.7 at token 2, falls by 0.3 at token 4
-    assert localisation(judged([values], [2], [0], span=[(4, 5)]))[0] == 1
+    assert localisation(judged([values], [2], [0], span=[(4, 5)])).hit == [1]
 
 
 def test_right_programs_unknown_faults_and_the_end_of_text_are_left_out():
     values = np.array([UNREAD, 0.5, 0.4, 0.1, 0.1, -50.0], dtype=np.float32)
     part = judged([values] * 3, [2] * 3, [1, 0, 0], span=[(3, 4), (-1, -1), (3, 4)])
-    assert localisation(part) == (1.0, pytest.approx(1.0), 1)
-    found, chance, n = localisation(judged([values], [2], [1], span=[(3, 4)]))
-    assert math.isnan(found) and math.isnan(chance) and n == 0
+    found = localisation(part)
+    assert (found.hit.tolist(), found.chance.tolist(), found.problem.tolist()) == ([1.0], [1.0], [2])
+    nothing = localisation(judged([values], [2], [1], span=[(3, 4)])).figures(0.95, 0)
+    assert nothing.pop("n_bugs") == 0 and all(math.isnan(value) for value in nothing.values())
 
 
 # --- the gate ----------------------------------------------------------------------------------------------------------------------
@@ -308,16 +312,19 @@ def test_every_figure_by_hand():
         "auc_low": 1.0,
         "auc_high": 1.0,
         "length_auc": 0.5,
-        "auc_at_0": wins([0.5, 0.4], [0.5, 0.6]),
+        "prompt_auc": wins([0.5, 0.4], [0.5, 0.6]),
         # A quarter of two steps is none, of three steps one; half of two is one, of three two; three quarters round to two.
         "auc_at_25": wins([0.5, 0.4], [0.5, 0.8]),
         "auc_at_50": wins([0.6, 0.6], [0.5, 0.2]),
         "auc_at_75": wins([0.9, 0.6], [0.2, 0.2]),
+        "auc_at_100": 1.0,
         "pair_accuracy": 1.0,
         "brier": float(((end - correct) ** 2).mean()),
         "calibration_error": (0.1 + 0.2 + 0.3 + 0.3) / 4,
         "delta_std": float(np.std(deltas)),
         "bug_localisation": 1.0,
+        "bug_localisation_low": 1.0,
+        "bug_localisation_high": 1.0,
         "bug_localisation_by_chance": 1.0,
         "n_bugs": 2,
         "n_programs": 4,
@@ -350,3 +357,94 @@ def test_values_that_are_no_numbers_never_pass(everywhere):
     for values in part.values if everywhere else part.values[:1]:
         values[4] = math.nan
     assert gate(part)["passed"] is False
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_dead_critic_fails_and_the_reasons_are_named(seed):
+    random = np.random.default_rng(seed)
+    alive = held_out(skill=0.4)
+    dead = [np.where(v == UNREAD, UNREAD, 0.5 + 1e-4 * random.standard_normal(len(v))).astype(np.float32) for v in alive.values]
+    figures = gate(replace(alive, values=dead), min_delta_std=0.01)
+    assert figures["passed"] is False
+    *_, still = failures(figures, 0.01)
+    assert "values hardly move" in still and "0.00014, under the floor of 0.01" in still
+    (low,) = failures(figures | {"auc_low": 0.45}, 0.0)
+    assert low == "the lower end of the AUC's interval is 0.450, not above chance (0.5) and length alone (0.500)"
+    assert failures(gate(alive), 0.001) == []
+
+
+def test_a_figure_that_is_not_known_is_a_reason_to_fail():
+    assert len(failures({"auc_low": None, "length_auc": None, "delta_std": None}, 0.0)) == 2
+    assert len(failures({"auc_low": math.nan, "length_auc": 0.5, "delta_std": math.nan}, 0.0)) == 2
+
+
+def test_the_prompt_alone_is_measured_by_the_value_before_the_program():
+    """Prompts that give the label away, programs that add nothing."""
+    rows = [row(3, v, *[v + 0.01 * k for k in range(4)]) for v in (0.9, 0.1, 0.8, 0.2, 0.7, 0.3)]
+    figures = gate(judged(rows, [3] * 6, [1, 0] * 3, [0, 0, 1, 1, 2, 2]))
+    assert figures["prompt_auc"] == 1 and gate(held_out(skill=0.5))["prompt_auc"] == 0.5
+
+
+# --- the interval of a mean --------------------------------------------------------------------------------------------------------
+
+
+def test_the_interval_of_the_localisation_has_the_width_of_its_sampling_error(all_resamples):
+    random = np.random.default_rng(1)
+    hit = (random.random(400) < 0.3).astype(float)
+    low, high = bootstrap_mean(hit, np.arange(400), 0.95, 0)
+    width = 2 * 1.96 * math.sqrt(hit.mean() * (1 - hit.mean()) / 400)
+    assert low < hit.mean() < high and high - low == pytest.approx(width, rel=0.15)
+
+
+def test_programs_of_one_problem_are_resampled_together(all_resamples):
+    """Four equal programs a problem tell no more than one."""
+    hit = (np.random.default_rng(2).random(100) < 0.5).astype(float)
+    alone, together = (bootstrap_mean(np.repeat(hit, n), np.repeat(np.arange(100), n), 0.95, 0) for n in (1, 4))
+    assert together == pytest.approx(alone)
+    assert bootstrap_mean(np.repeat(hit, 4), np.arange(400), 0.95, 0)[0] > alone[0] + 0.02
+
+
+def test_no_rows_have_no_interval():
+    assert all(math.isnan(end) for end in bootstrap_mean(np.array([]), np.array([]), 0.95, 0))
+
+
+# --- values that are logits --------------------------------------------------------------------------------------------------------
+
+
+def shifted(part, seed=0):
+    """As logits of which each problem has a level of its own."""
+    level = 50 * np.random.default_rng(seed).standard_normal(int(part.problem.max()) + 1)
+    values = [np.where(v == UNREAD, UNREAD, v + level[p]) for v, p in zip(part.values, part.problem)]
+    return replace(part, values=values, unit="logit")
+
+
+def test_logits_are_compared_within_problems_alone():
+    plain = gate(replace(held_out(skill=0.3), unit="logit"))
+    moved = gate(shifted(held_out(skill=0.3)))
+    assert moved == {key: pytest.approx(value, abs=1e-6) for key, value in plain.items()}
+    assert plain["passed"] is True and plain["auc"] == plain["pair_accuracy"] and plain["auc_low"] <= plain["auc"] <= plain["auc_high"]
+    assert gate(replace(shifted(held_out(skill=0.3)), unit="probability"))["auc"] < 0.6
+
+
+def test_logits_have_no_brier_score_and_no_calibration():
+    figures = gate(shifted(held_out()))
+    assert not {"brier", "calibration_error"} & set(figures)
+    assert set(gate(held_out())) - set(figures) == {"brier", "calibration_error"}
+
+
+def test_length_is_compared_within_problems_too():
+    """Each correct program is one token longer than its twin, which says nothing across problems of very different length."""
+    part = held_out(skill=0.3, lengths=lambda p, right: 6 + 5 * (p % 10) + right)
+    assert gate(part)["length_auc"] < 0.6 and gate(replace(part, unit="logit"))["length_auc"] == 1
+    assert gate(replace(part, unit="logit"))["passed"] is False
+
+
+@settings(max_examples=30, deadline=None, derandomize=True)
+@given(rows=st.lists(st.tuples(st.integers(0, 4), st.booleans(), st.integers(0, 3)), min_size=1, max_size=25))
+def test_the_auc_of_logits_is_a_mean_over_problems(rows):
+    problem, label, score = (np.array(column) for column in zip(*rows))
+    part = judged([row(2, s) for s in score], [2] * len(rows), label, problem)
+    found = replace(part, unit="logit").auc(part.at_share(1.0))
+    both = [p for p in np.unique(problem) if label[problem == p].any() and not label[problem == p].all()]
+    expected = [wins(score[(problem == p) & label], score[(problem == p) & ~label]) for p in both]
+    assert math.isnan(found) if not both else found == pytest.approx(np.mean(expected))

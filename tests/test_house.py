@@ -26,14 +26,15 @@ TRAINING = [
     "weighting model checkpoint convert slicing sources",
     "tokens generate",
     "batches scores sampling",
-    "policy critic",
-    "scoring train",
+    "policy critic preference",
+    "scoring train anchor",
+    "pretrain",
 ]
 JUDGING = [
     "grammar codec confine checkers",
     "layouts cases passk namespaces seccomp landlock runtime pages",
     "problems synthetic zygote compare report",
-    "raw_data sandbox study study_report",
+    "raw_data sandbox study study_report critic_report",
     "session hub_data",
     "referee",
     "judge",

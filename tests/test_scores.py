@@ -1,18 +1,21 @@
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from safetensors.numpy import load_file, save_file
 
+from tests.conftest import run_ranks
 from tests.test_model import random_model
-from wmtp.critic import Critic
+from wmtp.batches import collate
+from wmtp.critic import Critic, CriticError, critic_sha256, load_critic, save_critic
 from wmtp.model import load_bundle
 from wmtp.records import sha256_file
-from wmtp.scores import ScoreError, Scores, write_scores
+from wmtp.scores import ScoreError, Scores, check_out_of_fold, problems_of, write_scores
 from wmtp.scoring import critic_value, reference_loss, score_rows, score_split
 from wmtp.tokens import TokenData
-from wmtp.world import World
+from wmtp.world import World, joined
 
 ALONE = World(0, 1, torch.device("cpu"))
 
@@ -63,6 +66,23 @@ def test_absent_scores_are_an_error(data, tmp_path):
 def test_scores_of_another_split_are_stale(micro, written):
     with pytest.raises(ScoreError, match=r"data_sha256 is .* stale scores; run dvc repro"):
         Scores(written, TokenData(micro.processed, "validation"))
+
+
+def test_scores_of_another_model_are_stale_where_the_model_is_known(data, written):
+    assert Scores(written, data, "f" * 64).model_sha256 == "f" * 64
+    with pytest.raises(ScoreError, match="model_sha256 is ffffffffffff, expected 000000000000: stale scores; run dvc repro"):
+        Scores(written, data, "0" * 64)
+
+
+def test_a_key_that_lacks_something_is_named(data, written):
+    from safetensors import safe_open
+
+    with safe_open(str(written), framework="np") as file:
+        key = json.loads(file.metadata()["key"])
+    del key["unit"], key["gate_passed"]
+    save_file(load_file(written), written, metadata={"key": json.dumps(key)})
+    with pytest.raises(ScoreError, match="not a whole score file: its key lacks gate_passed, unit; run dvc repro"):
+        Scores(written, data)
 
 
 @pytest.mark.parametrize("name", ["data_sha256", "tokenizer_sha256"])
@@ -146,9 +166,12 @@ def test_critic_values_belong_to_the_state_that_has_read_their_token(data, refer
     (values,) = score_rows(critic_value(critic), data, np.array([3]), ALONE, 10_000)
     ids = torch.from_numpy(data.input_ids([3])[0]).long()
     response = torch.arange(len(ids))[None] >= data.response_start[3]
+    critic.unit = "logit"
+    (logits,) = score_rows(critic_value(critic), data, np.array([3]), ALONE, 10_000)
     for i in (0, 5, int(data.response_start[3]), len(ids) - 1):
-        alone = torch.sigmoid(critic(ids[None, : i + 1], response[:, : i + 1])[0])[0, -1]
-        assert float(values[i]) == pytest.approx(float(alone), rel=1e-5)
+        alone = critic(ids[None, : i + 1], response[:, : i + 1])[0][0, -1]
+        assert float(values[i]) == pytest.approx(float(torch.sigmoid(alone)), rel=1e-5)
+        assert float(logits[i]) == pytest.approx(float(alone), rel=1e-5)
 
 
 def test_scores_do_not_depend_on_the_token_budget(data, reference):
@@ -163,3 +186,105 @@ def test_a_whole_split_is_scored_and_written(data, reference, tmp_path):
     found = Scores(tmp_path / "s", data)
     (expected,) = score_rows(reference_loss(reference), data, np.array([11]), ALONE, 4000)
     assert np.allclose(found.row(11), expected, rtol=1e-6) and (found.model_sha256, found.gate_passed) == ("a" * 64, False)
+
+
+# --- a critic's scores -------------------------------------------------------------------------------------------------------------
+
+
+def a_critic(bundle, unit="probability"):
+    """Values spread over most of 0..1, their logits of a few units."""
+    critic = Critic(random_model(load_bundle(bundle, n_future=1).args, seed=2, dtype=torch.float32, scale=0.2), unit).eval()
+    with torch.no_grad():
+        critic.value.weight.normal_(std=0.2, generator=torch.Generator().manual_seed(0))[:, -1] = 0.01
+    return critic
+
+
+@torch.no_grad()
+def live(critic, data, row):
+    """The values of one row alone, as a training that runs its critic would see them."""
+    batch = collate(data, np.array([row]))
+    logit = critic(batch.tokens_BT, batch.response_BT)[0][0]
+    return (torch.sigmoid(logit) if critic.unit == "probability" else logit).numpy()
+
+
+@pytest.mark.parametrize("unit", ["probability", "logit"])
+@pytest.mark.parametrize("token_budget", [1, 700, 4000, 10**6])
+def test_cached_scores_equal_live_ones(micro, data, tmp_path, unit, token_budget):
+    critic = a_critic(micro.bundle, unit)
+    score_split(critic_value(critic), data, "a" * 64, tmp_path / "s", ALONE, token_budget, True, critic.unit)
+    cached = Scores(tmp_path / "s", data)
+    assert cached.unit == unit and np.std(cached.flat) > 0.1
+    scale = 1 if unit == "probability" else np.abs(cached.flat).max()
+    for row in range(len(data)):
+        assert np.abs(cached.row(row) - live(critic, data, row)).max() <= 1e-6 * scale
+
+
+def score_on_ranks(bundle, processed, out):
+    torch.set_num_threads(1)
+    data = TokenData(processed, "policy")
+    with joined("cpu") as world:
+        for token_budget in (300, 4000):
+            score_split(critic_value(a_critic(bundle)), data, "a" * 64, f"{out}/{token_budget}", world, token_budget)
+
+
+@pytest.mark.slow
+def test_two_ranks_cache_what_one_sees(micro, data, tmp_path):
+    for code, error in run_ranks("tests.test_scores", "score_on_ranks", micro.bundle, micro.processed, tmp_path):
+        assert code == 0, error
+    critic = a_critic(micro.bundle)
+    for token_budget in (300, 4000):
+        cached = Scores(tmp_path / str(token_budget), data)
+        assert all(np.allclose(cached.row(row), live(critic, data, row), rtol=1e-6, atol=1e-7) for row in range(len(data)))
+
+
+def test_the_problems_of_rows_are_named_once(data):
+    wrong = np.flatnonzero(~data.is_correct)[:2]
+    entries = [next(e for e in data.problems if row in e["incorrect"]) for row in wrong]
+    assert problems_of(data, np.repeat(wrong, 3)) == {
+        "task_ids": sorted({e["task_id"] for e in entries}), "groups": sorted({e["group"] for e in entries})
+    }  # fmt: skip
+    assert problems_of(data, np.arange(len(data)))["task_ids"] == sorted(e["task_id"] for e in data.problems)
+
+
+def test_scores_are_out_of_fold(micro, data):
+    other = TokenData(micro.processed, "validation")
+    check_out_of_fold(problems_of(other, np.arange(len(other))), data, "models/critic")
+    seen = problems_of(data, np.array([5]))
+    (task,), (group,) = seen["task_ids"], seen["groups"]
+    n, n_groups = len(data.problems), len({e["group"] for e in data.problems})
+    with pytest.raises(ScoreError, match=rf"models/critic: the critic trained on 1 of the {n} problems of .*policy .* {task} for one"):
+        check_out_of_fold(seen, data, "models/critic")
+    with pytest.raises(ScoreError, match=rf"trained on 1 of the {n_groups} groups of .* {group} for one; its values must be out of fold"):
+        check_out_of_fold({"task_ids": ["another problem of its round"], "groups": [group]}, data, "models/critic")
+
+
+def saved_critic(micro, folder, trained_on, unit="probability"):
+    save_critic(a_critic(micro.bundle, unit), micro.bundle, folder / "critic", {"passed": False}, trained_on, ALONE)
+    return folder / "critic"
+
+
+PARAMS = SimpleNamespace(run=SimpleNamespace(device="cpu", dtype="float32"), optimizer=SimpleNamespace(micro_batch_tokens=4000))
+
+
+@pytest.mark.parametrize("unit", ["probability", "logit"])
+def test_the_stage_writes_what_the_critic_makes_of_the_rows(micro, data, tmp_path, unit):
+    from stages import score_critic
+
+    other = TokenData(micro.processed, "validation")
+    path = saved_critic(micro, tmp_path, problems_of(other, np.arange(len(other))), unit)
+    score_critic.work(PARAMS, None, str(path), str(micro.processed), str(tmp_path / "s"))
+    found = Scores(tmp_path / "s", data, critic_sha256(path))
+    assert (found.unit, found.gate_passed) == (unit, False)
+    assert np.allclose(found.row(2), live(load_critic(path), data, 2), rtol=1e-5, atol=1e-6)
+
+
+def test_the_stage_refuses_rows_of_problems_that_the_critic_saw(micro, data, tmp_path):
+    from stages import score_critic
+
+    path = saved_critic(micro, tmp_path, problems_of(data, np.array([0])))
+    with pytest.raises(ScoreError, match="the critic trained on 1 of the"):
+        score_critic.work(PARAMS, None, str(path), str(micro.processed), str(tmp_path / "s"))
+    (path / "critic.json").unlink()
+    with pytest.raises(CriticError, match="no readable description of the critic"):
+        score_critic.work(PARAMS, None, str(path), str(micro.processed), str(tmp_path / "s"))
+    assert not (tmp_path / "s").exists()

@@ -8,10 +8,10 @@ it with what the last block predicted one position earlier, so without that numb
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -28,18 +28,28 @@ from wmtp.model import Transformer, load_bundle
 from wmtp.tokens import TokenData
 from wmtp.world import World
 
-__all__ = ["Critic", "ValueObjective", "critic_sha256", "gae", "load_critic", "objective", "pairs", "save_critic"]
+__all__ = ["Critic", "CriticError", "ValueObjective", "critic_sha256", "gae", "load_critic", "pairs", "read_card", "save_critic"]
 
 
 LENGTH_BIN = 0.25  # of the longer program's tokens, prompt included
+HUBER = 0.1  # distance of a value from its target at which the squared loss becomes a straight line
+CARD = "critic.json"
+Unit = Literal["probability", "logit"]
+
+
+class CriticError(ValueError):
+    """A critic on disk that is not what it should be, or a value loss that does not exist."""
 
 
 class Critic(nn.Module):
-    """A next-token model and a value head of D + 1 inputs."""
+    """A next-token model and a value head of D + 1 inputs.
 
-    def __init__(self, trunk: Transformer):
+    `unit` says what its values are: probabilities, or logits of which only differences within a problem mean anything (`pairwise`).
+    """
+
+    def __init__(self, trunk: Transformer, unit: Unit = "probability"):
         super().__init__()
-        self.trunk = trunk
+        self.trunk, self.unit = trunk, unit
         self.value = nn.Linear(trunk.args.dim + 1, 1, dtype=trunk.norm.weight.dtype, device=trunk.norm.weight.device)
         nn.init.zeros_(self.value.weight)
         nn.init.zeros_(self.value.bias)
@@ -47,7 +57,7 @@ class Critic(nn.Module):
     def forward(self, tokens_BT: Tensor, response_BT: Tensor, first: int = 0) -> tuple[Tensor, Tensor]:
         """Value logits by state and next-token loss in nats by position, each [B, T], at least float32, 0 before `first`.
 
-        The probability is the logit's sigmoid. No gradient of the value flows through the surprise: the language model must not learn
+        A probability is its logit's sigmoid. No gradient of the value flows through the surprise: the language model must not learn
         to be surprised.
         """
         hidden_BTD = self.trunk.hidden(tokens_BT, n_future=1, first=first)[0]
@@ -58,19 +68,35 @@ class Critic(nn.Module):
         return functional.pad(logit_BT, (first, 0)), functional.pad(ce_BT, (first, 0))
 
 
+def read_card(path: str | Path) -> dict[str, Any]:
+    """OUT/critic.json: the critic's `unit`, and the `task_ids` and `groups` of the problems that it trained on."""
+    file = Path(path) / CARD
+    try:
+        card = json.loads(file.read_text())
+    except (FileNotFoundError, json.JSONDecodeError) as error:
+        raise CriticError(f"{file}: no readable description of the critic ({error}); run critic-pretrain again (dvc repro)") from None
+    if missing := {"unit", "task_ids", "groups"} - set(card):
+        raise CriticError(f"{file}: lacks {', '.join(sorted(missing))}; run critic-pretrain again (dvc repro)")
+    return card
+
+
 def load_critic(path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> Critic:
     """A trained critic: the bundle `path`/trunk and the value head beside it, every key used or an error."""
-    critic = Critic(load_bundle(Path(path) / "trunk", n_future=1, dtype=dtype, device=device)).to(device)
+    trunk = load_bundle(Path(path) / "trunk", n_future=1, dtype=dtype, device=device)
+    critic = Critic(trunk, read_card(path)["unit"]).to(device)
     head, file = load_file(Path(path) / "value_head.safetensors"), f"{path}/value_head.safetensors"
     found, expected = ({name: tuple(tensor.shape) for name, tensor in state.items()} for state in (head, critic.value.state_dict()))
     if found != expected:
-        raise ValueError(f"{file}: expected {expected}, found {found}; run critic-pretrain again (dvc repro)")
+        raise CriticError(f"{file}: expected {expected}, found {found}; run critic-pretrain again (dvc repro)")
     critic.value.load_state_dict({name: tensor.to(critic.value.weight.dtype) for name, tensor in head.items()})
     return critic
 
 
-def save_critic(critic: Critic, start: Path, out: Path, gate: dict[str, Any], world: World) -> None:
-    """OUT/trunk (a bundle), OUT/value_head.safetensors and OUT/gate.json, all or nothing. Every rank calls it, rank 0 writes."""
+def save_critic(critic: Critic, start: Path, out: Path, gate: dict[str, Any], trained_on: Mapping[str, list[str]], world: World) -> None:
+    """OUT/trunk (a bundle), value_head.safetensors, critic.json and gate.json, all or nothing. Every rank calls it, rank 0 writes.
+
+    `trained_on` names the problems behind the critic's rows (wmtp.scores.problems_of): it must not judge these.
+    """
     state = full_state(critic)
     if not world.is_first:
         return
@@ -84,13 +110,14 @@ def save_critic(critic: Critic, start: Path, out: Path, gate: dict[str, Any], wo
             folder / "trunk", critic.trunk.args, parts["trunk"], tokenizer, source="wmtp training", dropped=[], extra=extra
         )  # fmt: skip
         save_file(parts["value"], folder / "value_head.safetensors")
+        (folder / CARD).write_text(json.dumps({"unit": critic.unit, **trained_on}, indent=1) + "\n")
         (folder / "gate.json").write_text(json.dumps(gate, indent=2) + "\n")
 
 
 def critic_sha256(path: str | Path) -> str:
-    """Identity of a trained critic: its trunk and its head."""
-    head = hashlib.sha256((Path(path) / "value_head.safetensors").read_bytes()).hexdigest()
-    return hashlib.sha256(f"{bundle_sha256(Path(path) / 'trunk')}{head}".encode()).hexdigest()
+    """Identity of a trained critic: its trunk, its head, and what its card says of them."""
+    parts = [hashlib.sha256((Path(path) / name).read_bytes()).hexdigest() for name in ("value_head.safetensors", CARD)]
+    return hashlib.sha256("".join([bundle_sha256(Path(path) / "trunk"), *parts]).encode()).hexdigest()
 
 
 def pairs(data: TokenData) -> np.ndarray:
@@ -118,6 +145,22 @@ def _like_length(right: list[int], wrong: list[int], lengths: np.ndarray) -> lis
     return sorted(chosen.items())
 
 
+def _bce(logit: Tensor, target: Tensor) -> Tensor:
+    return functional.binary_cross_entropy_with_logits(logit, target, reduction="none")
+
+
+def _mse(logit: Tensor, target: Tensor) -> Tensor:
+    return (torch.sigmoid(logit) - target).square()
+
+
+def _huber(logit: Tensor, target: Tensor) -> Tensor:
+    return functional.huber_loss(torch.sigmoid(logit), target, reduction="none", delta=HUBER)
+
+
+REGRESSIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"bce": _bce, "mse": _mse, "huber": _huber}
+"""Loss of a value logit against its target in 0..1, entry by entry."""
+
+
 @dataclass(frozen=True)
 class ValueObjective:
     """Regression of the return on every state P-1..L-1, and `lm_coef` times the next-token loss of the correct rows.
@@ -130,6 +173,12 @@ class ValueObjective:
     lam: float = 1.0
     lm_coef: float = 0.0
 
+    def __post_init__(self) -> None:
+        if self.kind not in REGRESSIONS:
+            raise CriticError(
+                f"critic.loss.kind: found {self.kind!r}, expected one of {', '.join(REGRESSIONS)} (pairwise has its own form)"
+            )
+
     def prepare(self, step: Batch) -> Batch:
         return step
 
@@ -137,31 +186,23 @@ class ValueObjective:
         return float(len(step.row_B))
 
     def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        logit_BT, ce_BT = model(batch.tokens_BT, batch.response_BT, first=max(0, batch.shortest_prompt - 1))
-        value_BT = torch.sigmoid(logit_BT)
+        logit_BT, ce_BT, *others = model(batch.tokens_BT, batch.response_BT, first=max(0, batch.shortest_prompt - 1))
+        value_BT = torch.sigmoid(logit_BT.detach())
         reward_B = batch.is_correct_B.to(value_BT.dtype)
-        _, target_BT = gae(value_BT.detach(), reward_B, batch.response_BT, self.gamma, self.lam)
+        _, target_BT = gae(value_BT, reward_B, batch.response_BT, self.gamma, self.lam)
         state_BT = functional.pad(batch.response_BT[:, 1:], (0, 1), value=False)
         n_B = state_BT.sum(1).clamp(min=1)
-        value_loss_B = (self._losses(logit_BT, value_BT, target_BT.clamp(0, 1)) * state_BT).sum(1) / n_B
+        value_loss_B = (self.state_loss(logit_BT, target_BT.clamp(0, 1), *others) * state_BT).sum(1) / n_B
         language_loss_B = ce_BT.sum(1) / n_B * reward_B
-        brier_B = ((value_BT.detach() - reward_B[:, None]).square() * state_BT).sum(1) / n_B
+        brier_B = ((value_BT - reward_B[:, None]).square() * state_BT).sum(1) / n_B
         real_B = (batch.row_B >= 0).double()
         sums = {"n": real_B, "n_correct": real_B * reward_B, "loss": value_loss_B, "language": language_loss_B, "brier": brier_B * real_B}
         total = (value_loss_B + self.lm_coef * language_loss_B).sum()
         return total, {name: part.detach().double().sum() for name, part in sums.items()}
 
+    def state_loss(self, logit_BT: Tensor, target_BT: Tensor) -> Tensor:
+        return REGRESSIONS[self.kind](logit_BT, target_BT)
+
     def summary(self, sums: Mapping[str, Tensor]) -> dict[str, float]:
         language = float(sums["language"] / sums["n_correct"].clamp(min=1))
         return {"loss": float(sums["loss"] / sums["n"]), "brier": float(sums["brier"] / sums["n"]), "ce": language}
-
-    def _losses(self, logit_BT: Tensor, value_BT: Tensor, target_BT: Tensor) -> Tensor:
-        if self.kind == "bce":
-            return functional.binary_cross_entropy_with_logits(logit_BT, target_BT, reduction="none")
-        if self.kind == "mse":
-            return (value_BT - target_BT).square()
-        return functional.huber_loss(value_BT, target_BT, reduction="none", delta=0.1)
-
-
-def objective(settings: Any) -> ValueObjective:
-    return ValueObjective(settings.loss, settings.gamma, settings.lam, settings.lm_coef)

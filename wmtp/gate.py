@@ -1,27 +1,52 @@
 """The critic's quality report and gate, from values on held-out programs: numpy in, plain numbers out (METHODS, "Critic").
 
-Values are probabilities by state, one array a row; a row's response is P..L with the end of text at L. The last state that judges a
-program is L-1, where all of it has been read.
+Values are by state, one array a row; a row's response is P..L with the end of text at L. The last state that judges a program is L-1,
+where all of it has been read. Of values that are logits (loss `pairwise`) only differences within a problem mean anything: their AUC
+compares programs of one problem alone, and they have neither a Brier score nor a calibration.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 BOOTSTRAP = 1000
 BINS = 10
+SHARES = (25, 50, 75, 100)  # of a response, in percent
+
+Measure = Callable[[np.ndarray, np.ndarray, np.ndarray], float]
 
 
 @dataclass(frozen=True)
 class Judged:
-    """Held-out rows: their values by state, P, label, problem number and the known token span [start, end) of a fault (-1: unknown)."""
+    """Held-out rows: their values by state, P, label, problem number and the known token span [start, end) of a fault (-1: unknown).
+
+    `unit` is that of the values, probability or logit.
+    """
 
     values: Sequence[np.ndarray]
     start: np.ndarray
     is_correct: np.ndarray
     problem: np.ndarray
     span: np.ndarray
+    unit: str = "probability"
+
+    @property
+    def measure(self) -> Measure:
+        """AUC of (score, label, problem): over all programs, or within problems where the level of values means nothing."""
+        return pair_accuracy if self.unit == "logit" else lambda score, label, problem: auc(score, label)
+
+    def auc(self, score: np.ndarray) -> float:
+        return self.measure(score, self.is_correct, self.problem)
+
+    def lengths(self) -> np.ndarray:
+        """Tokens of each response, the end of text included."""
+        return np.array([len(v) - p for v, p in zip(self.values, self.start)])
+
+    def length_auc(self) -> float:
+        """AUC of the length alone, whichever way it points."""
+        return max(self.auc(self.lengths()), self.auc(-self.lengths()))
 
     def at_share(self, share: float) -> np.ndarray:
         """The value after this share of each response; 0 is the prompt alone, 1 the whole program."""
@@ -52,18 +77,49 @@ def bootstrap_auc(score: np.ndarray, label: np.ndarray, problem: np.ndarray, con
         rows = np.concatenate([rows_of[i] for i in rng.integers(len(rows_of), size=len(rows_of))])
         if label[rows].any() and not label[rows].all():
             found.append(auc(score[rows], label[rows]))
+    return _percentiles(found, confidence)
+
+
+def bootstrap_mean(values: np.ndarray, problem: np.ndarray, confidence: float, seed: int) -> tuple[float, float]:
+    """Percentile interval of the mean over rows; problems are resampled, with all their rows. NaN where there is no row."""
+    if not len(values):
+        return float("nan"), float("nan")
+    rng = np.random.Generator(np.random.PCG64(seed))
+    _, place = np.unique(problem, return_inverse=True)
+    total, n = np.bincount(place, values), np.bincount(place)
+    drawn = rng.integers(len(n), size=(BOOTSTRAP, len(n)))
+    return _percentiles(total[drawn].sum(1) / n[drawn].sum(1), confidence)
+
+
+def _percentiles(found: Sequence[float], confidence: float) -> tuple[float, float]:
     low, high = np.quantile(found, [(1 - confidence) / 2, (1 + confidence) / 2])
     return float(low), float(high)
 
 
-def pair_accuracy(score: np.ndarray, label: np.ndarray, problem: np.ndarray) -> float:
-    """Share of (correct, incorrect) pairs within a problem that the score orders rightly, ties counting half; NaN without pairs."""
-    wins = [
-        np.mean(np.sign(score[rows][label[rows]][:, None] - score[rows][~label[rows]][None, :]) / 2 + 0.5)
+def _wins(score: np.ndarray, label: np.ndarray, problem: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """For each problem with rows of both kinds: the share of its pairs that the score orders rightly, and the problem's number."""
+    found = [
+        (np.mean(np.sign(score[rows][label[rows]][:, None] - score[rows][~label[rows]][None, :]) / 2 + 0.5), problem[rows[0]])
         for rows in (np.flatnonzero(problem == p) for p in np.unique(problem))
         if label[rows].any() and not label[rows].all()
     ]
-    return float(np.mean(wins)) if wins else float("nan")
+    return np.array([share for share, _ in found]), np.array([number for _, number in found])
+
+
+def pair_accuracy(score: np.ndarray, label: np.ndarray, problem: np.ndarray) -> float:
+    """Share of (correct, incorrect) pairs within a problem that the score orders rightly, ties counting half, a mean over problems.
+
+    NaN without pairs.
+    """
+    wins, _ = _wins(score, label, problem)
+    return float(np.mean(wins)) if len(wins) else float("nan")
+
+
+def interval(judged: Judged, score: np.ndarray, confidence: float, seed: int) -> tuple[float, float]:
+    """Of `judged.auc(score)`, by resampling problems."""
+    if judged.unit == "logit":
+        return bootstrap_mean(*_wins(score, judged.is_correct, judged.problem), confidence, seed)
+    return bootstrap_auc(score, judged.is_correct, judged.problem, confidence, seed)
 
 
 def calibration(score: np.ndarray, label: np.ndarray) -> list[dict[str, float]]:
@@ -76,38 +132,62 @@ def calibration(score: np.ndarray, label: np.ndarray) -> list[dict[str, float]]:
     ]
 
 
-def localisation(judged: Judged) -> tuple[float, float, int]:
-    """(share of wrong programs whose largest value drop lies within one token of the known fault, the same by chance, how many)."""
-    hits, chances = [], []
-    for delta, p, right, (first, end) in zip(judged.deltas(), judged.start, judged.is_correct, judged.span):
+@dataclass(frozen=True)
+class Localisation:
+    """Of each wrong program with a known fault: is its largest value drop within one token of it, the odds by chance, its problem."""
+
+    hit: np.ndarray
+    chance: np.ndarray
+    problem: np.ndarray
+
+    def figures(self, confidence: float, seed: int) -> dict[str, float]:
+        low, high = bootstrap_mean(self.hit, self.problem, confidence, seed)
+        found, chance = (float(np.mean(part)) if len(part) else float("nan") for part in (self.hit, self.chance))
+        names = ("", "_low", "_high", "_by_chance")
+        return {f"bug_localisation{name}": value for name, value in zip(names, (found, low, high, chance))} | {"n_bugs": len(self.hit)}
+
+
+def localisation(judged: Judged) -> Localisation:
+    found = []
+    for delta, p, right, problem, (first, end) in zip(judged.deltas(), judged.start, judged.is_correct, judged.problem, judged.span):
         if right or first < 0 or not len(delta):
             continue
         near = (np.arange(p, p + len(delta)) >= first - 1) & (np.arange(p, p + len(delta)) <= end)
-        hits.append(bool(near[np.argmin(delta)]))
-        chances.append(near.mean())
-    return (float(np.mean(hits)), float(np.mean(chances)), len(hits)) if hits else (float("nan"), float("nan"), 0)
+        found.append((float(near[np.argmin(delta)]), near.mean(), problem))
+    hit, chance, problems = zip(*found) if found else ((), (), ())
+    return Localisation(np.array(hit), np.array(chance), np.array(problems))
 
 
 def report(judged: Judged, *, confidence: float, min_delta_std: float, seed: int) -> dict[str, object]:
-    """Every figure of the gate and whether it is passed: AUC's lower end above chance and above length alone, and values that move."""
-    score, label = judged.at_share(1.0), judged.is_correct
-    length = np.array([len(v) - p for v, p in zip(judged.values, judged.start)])
-    low, high = bootstrap_auc(score, label, judged.problem, confidence, seed)
-    length_auc = max(auc(length, label), auc(-length, label))
-    delta_std = float(np.concatenate(judged.deltas()).std())
-    found, chance, n_bugs = localisation(judged)
-    bins = calibration(score, label)
-    figures: dict[str, object] = {"auc": auc(score, label), "auc_low": low, "auc_high": high, "length_auc": length_auc}
-    figures |= {f"auc_at_{share}": auc(judged.at_share(share / 100), label) for share in (0, 25, 50, 75)}
-    figures |= {
-        "pair_accuracy": pair_accuracy(score, label, judged.problem),
-        "brier": float(np.mean((score - label) ** 2)),
-        "calibration_error": float(sum(b["n"] * abs(b["predicted"] - b["observed"]) for b in bins) / len(score)),
-        "delta_std": delta_std,
-        "bug_localisation": found,
-        "bug_localisation_by_chance": chance,
-        "n_bugs": n_bugs,
-        "n_programs": len(score),
-        "passed": bool(low > max(0.5, length_auc) and delta_std >= min_delta_std),
-    }
+    """Every figure of the gate and whether it is passed: AUC's lower end above chance and above length alone, and values that move.
+
+    A figure that is not known is None. `prompt_auc` is that of the value at the last prompt token, before any of the program is read.
+    """
+    score = judged.at_share(1.0)
+    low, high = interval(judged, score, confidence, seed)
+    figures: dict[str, object] = {"auc": judged.auc(score), "auc_low": low, "auc_high": high, "length_auc": judged.length_auc()}
+    figures |= {"prompt_auc": judged.auc(judged.at_share(0.0))}
+    figures |= {f"auc_at_{share}": judged.auc(judged.at_share(share / 100)) for share in SHARES}
+    figures |= {"pair_accuracy": pair_accuracy(score, judged.is_correct, judged.problem)}
+    if judged.unit == "probability":
+        figures |= _probabilities(score, judged.is_correct)
+    figures |= {"delta_std": float(np.concatenate(judged.deltas()).std())}
+    figures |= localisation(judged).figures(confidence, seed) | {"n_programs": len(score)}
+    figures |= {"passed": not failures(figures, min_delta_std)}
     return {name: None if isinstance(value, float) and np.isnan(value) else value for name, value in figures.items()}
+
+
+def _probabilities(score: np.ndarray, label: np.ndarray) -> dict[str, float]:
+    off = sum(b["n"] * abs(b["predicted"] - b["observed"]) for b in calibration(score, label))
+    return {"brier": float(np.mean((score - label) ** 2)), "calibration_error": float(off / len(score))}
+
+
+def failures(figures: Mapping[str, Any], min_delta_std: float) -> list[str]:
+    """Why the gate is not passed, in words; empty where it is. A figure that is None or NaN is a reason too."""
+    low, length, std = (float("nan") if figures[key] is None else figures[key] for key in ("auc_low", "length_auc", "delta_std"))
+    reasons = []
+    if not low > max(0.5, length):
+        reasons.append(f"the lower end of the AUC's interval is {low:.3f}, not above chance (0.5) and length alone ({length:.3f})")
+    if not std >= min_delta_std:
+        reasons.append(f"values hardly move: the standard deviation of their steps is {std:.2g}, under the floor of {min_delta_std:g}")
+    return reasons

@@ -59,8 +59,8 @@ def marker(place: int) -> str:
 
 
 @contextlib.contextmanager
-def figure(path: Path, size: tuple[float, float], n_panels: int, **options: Any) -> Iterator[Any]:
-    """Yields `n_panels` axes side by side; afterwards they are a PNG at `path`. The user's own matplotlib settings do not count."""
+def canvas(path: Path, size: tuple[float, float]) -> Iterator[Any]:
+    """Yields a figure; afterwards it is a PNG at `path`. The user's own matplotlib settings do not count."""
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -70,7 +70,14 @@ def figure(path: Path, size: tuple[float, float], n_panels: int, **options: Any)
         matplotlib.rcParams.update(STYLE)
         page = Figure(figsize=size, layout="constrained")
         FigureCanvasAgg(page)
-        yield page.subplots(1, n_panels, squeeze=False, **options)[0]
+        yield page
         with atomic_path(path) as temporary:
             # The library's version, which it writes by default, would make equal pictures differ.
             page.savefig(temporary, format="png", metadata={"Software": None})
+
+
+@contextlib.contextmanager
+def panels(path: Path, size: tuple[float, float], n_panels: int, **options: Any) -> Iterator[Any]:
+    """Yields `n_panels` axes side by side on a canvas."""
+    with canvas(path, size) as page:
+        yield page.subplots(1, n_panels, squeeze=False, **options)[0]

@@ -168,15 +168,46 @@ class Tuning(Section):
 
 
 class Gate(Section):
-    min_delta_std: Annotated[float, Field(ge=0)] = Field(description="floor of std(v[i] - v[i-1]) on held-out programs")
+    min_delta_std: Annotated[float, Field(ge=0)] = Field(
+        description="floor of std(v[i] - v[i-1]) on held-out programs, in values' own unit"
+    )
     confidence: Annotated[float, Field(gt=0.5, lt=1)] = Field(description="of the bootstrap interval of the AUC")
     train_anyway: bool = Field(description="train policies although the gate failed")
 
 
-class Critic(Tuning):
-    loss: Literal["bce", "mse", "huber"]
+class Anchor(Section):
+    """A slow copy of the critic, an exponential moving average of its weights, which its values are kept near."""
+
+    decay: Annotated[float, Field(gt=0, lt=1)] = Field(description="of the average, an optimizer step")
+    coef: Annotated[float, Field(ge=0)] = Field(description="weight of (v - v_average)^2 beside the value loss")
+    value_clip: Annotated[float, Field(gt=0, lt=1)] | None = Field(
+        description="as in PPO: the loss is no less than that of v clipped to this distance of v_average; null: no clipping"
+    )
+
+    @model_validator(mode="after")
+    def _holds(self) -> "Anchor":
+        if self.coef == 0 and self.value_clip is None:
+            raise ValueError("coef is 0 and value_clip null: such an anchor holds nothing; write anchor: null")
+        return self
+
+
+class Regression(Section):
+    """Every state's value against its return."""
+
+    kind: Literal["bce", "mse", "huber"]
     gamma: Annotated[float, Field(gt=0, le=1)]
     lam: Fraction
+    anchor: Anchor | None = Field(description="null: none")
+
+
+class Pairwise(Section):
+    """Bradley-Terry on the two programs of a pair: values are logits, of which only differences mean anything."""
+
+    kind: Literal["pairwise"]
+
+
+class Critic(Tuning):
+    loss: Annotated[Regression | Pairwise, Field(discriminator="kind")]
     lm_coef: Annotated[float, Field(ge=0)] = Field(description="weight of the next-token loss on correct programs beside the value loss")
     gate: Gate
 

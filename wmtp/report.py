@@ -9,7 +9,7 @@ from pathlib import Path
 from statistics import NormalDist
 from typing import Any
 
-from wmtp.pages import GREY, colour, figure, grid, marker, p_value, paragraph, points, title
+from wmtp.pages import GREY, colour, grid, marker, p_value, panels, paragraph, points, title
 
 Figures = Mapping[str, Mapping[str, Mapping[str, float]]]
 Grid = tuple[list[str], list[list[str]], int]
@@ -113,8 +113,8 @@ def draw_scores(figures: Figures, start: str, path: Path) -> None:
     methods = [name for name in figures if name != start]
     benchmarks = _benchmarks(figures)
     measure = _keys(figures[start][benchmarks[0]])[0]
-    with figure(path, (3.6 * len(benchmarks), 3.1), len(benchmarks), sharey=True) as panels:
-        for panel, benchmark in zip(panels, benchmarks):
+    with panels(path, (3.6 * len(benchmarks), 3.1), len(benchmarks), sharey=True) as axes:
+        for panel, benchmark in zip(axes, benchmarks):
             for place, name in enumerate(methods):
                 score, reach = _interval(figures[name][benchmark], measure)
                 panel.errorbar(place, score, reach, color=colour(place), marker=marker(place), ms=6, capsize=3, lw=1.6)
@@ -129,13 +129,13 @@ def draw_scores(figures: Figures, start: str, path: Path) -> None:
             panel.set_xticks(range(len(methods)), methods)
             panel.set_xlim(-0.5, len(methods) - 0.3)
             panel.tick_params(axis="x", length=0)
-        panels[0].set_ylim(*_limits(figures, measure))
-        panels[0].set_ylabel(f"{measure}, % (95 % interval)")
+        axes[0].set_ylim(*_limits(figures, measure))
+        axes[0].set_ylabel(f"{measure}, % (95 % interval)")
 
 
 def draw_training(figures: Figures, logs: Mapping[str, Mapping[str, Sequence[float]]], path: Path) -> None:
     """The loss that each method minimises, the cross-entropy of head 0 that all share, both by step; validation per head at the end."""
-    with figure(path, (10.2, 3.1), 3) as (loss, shared, heads):
+    with panels(path, (10.2, 3.1), 3) as (loss, shared, heads):
         for place, name in enumerate(name for name in figures if name in logs):
             look = {"color": colour(place), "label": name, "lw": 1.2}
             loss.plot(logs[name]["step"], logs[name]["loss"], **look)

@@ -1,10 +1,13 @@
 """Scores: one float per token of the rows they belong to, computed once and kept (reference losses, critic values).
 
-A score file is keyed by the token data, the model and the tokenizer that made it. A mismatch is an error, never a zero.
+A score file is keyed by the token data, the model and the tokenizer that made it. A mismatch is an error, never a zero. A critic's
+scores are out of fold: a critic that trained on a problem has memorised the very programs that it would weigh there.
 """
 
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -16,8 +19,28 @@ class ScoreError(ValueError):
     """A score file that is absent, damaged or belongs to other data."""
 
 
-def write_scores(path: Path, scores: list[np.ndarray], data: TokenData, model_sha256: str, *, gate_passed: bool = True) -> None:
-    """`scores[r]` has one float32 per token of row r. `gate_passed` travels with the scores, so that whoever trains on them knows."""
+def problems_of(data: TokenData, rows: np.ndarray) -> dict[str, list[str]]:
+    """`task_ids` and `groups` of the problems that these rows belong to, sorted, each once."""
+    wanted = set(rows.tolist())
+    entries = [entry for entry in data.problems if not wanted.isdisjoint([*entry["correct"], *entry["incorrect"]])]
+    return {"task_ids": sorted(entry["task_id"] for entry in entries), "groups": sorted({entry["group"] for entry in entries})}
+
+
+def check_out_of_fold(trained_on: Mapping[str, Sequence[str]], data: TokenData, where: object) -> None:
+    """A ScoreError if a problem of `data`, or one of its group, is among those that the critic trained on."""
+    own = problems_of(data, np.arange(len(data)))
+    for key, kind in (("task_ids", "problems"), ("groups", "groups")):
+        if both := sorted(set(trained_on[key]) & set(own[key])):
+            raise ScoreError(
+                f"{where}: the critic trained on {len(both)} of the {len(own[key])} {kind} of {data.path} that it is to judge, {both[0]}"
+                " for one; its values must be out of fold: part the splits by problem and group (prepare-and-validate-datasets)"
+            )
+
+
+def write_scores(
+    path: Path, scores: list[np.ndarray], data: TokenData, model_sha256: str, *, gate_passed: bool = True, unit: str = "nats"
+) -> None:
+    """`scores[r]` has one float32 per token of row r. `gate_passed` and `unit` travel with them, so that whoever trains on them knows."""
     from safetensors.numpy import save_file
 
     flat = np.concatenate(scores).astype(np.float32)
@@ -28,27 +51,39 @@ def write_scores(path: Path, scores: list[np.ndarray], data: TokenData, model_sh
     if not np.isfinite(flat).all():
         row = int(np.searchsorted(np.cumsum(data.lengths), np.flatnonzero(~np.isfinite(flat))[0], side="right"))
         raise ScoreError(f"{path}: a score of row {row} is not finite; the model that scores is broken")
-    key = {"data_sha256": data.sha256, "tokenizer_sha256": data.tokenizer_sha256, "model_sha256": model_sha256, "gate_passed": gate_passed}
+    key = {"data_sha256": data.sha256, "tokenizer_sha256": data.tokenizer_sha256, "model_sha256": model_sha256}
+    key |= {"gate_passed": gate_passed, "unit": unit}
     with atomic_path(path) as temporary:
         save_file({"scores": flat}, str(temporary), metadata={"key": json.dumps(key)})
 
 
-class Scores:
-    """The scores of a split, checked to be those of `data`."""
+def _read_key(text: str) -> dict[str, Any]:
+    key = json.loads(text)
+    if missing := {"data_sha256", "tokenizer_sha256", "model_sha256", "gate_passed", "unit"} - set(key):
+        raise ValueError(f"its key lacks {', '.join(sorted(missing))}")
+    return key
 
-    def __init__(self, path: str | Path, data: TokenData):
+
+class Scores:
+    """The scores of a split, checked to be those of `data`, and of the model `model_sha256` where the caller knows it.
+
+    `unit` is nats, probability or logit; of logits only differences within a problem mean anything.
+    """
+
+    def __init__(self, path: str | Path, data: TokenData, model_sha256: str | None = None):
         from safetensors import SafetensorError, safe_open
 
         if not Path(path).is_file():
             raise ScoreError(f"{path}: no scores there; run the stage that makes them (dvc repro)")
         try:
             with safe_open(str(path), framework="np") as file:
-                key = json.loads(file.metadata()["key"])
+                key = _read_key(file.metadata()["key"])
                 self.flat = file.get_tensor("scores")
         except (SafetensorError, TypeError, KeyError, ValueError) as error:
             raise ScoreError(f"{path}: not a whole score file: {error}; run dvc repro") from None
-        for name, expected in (("data_sha256", data.sha256), ("tokenizer_sha256", data.tokenizer_sha256)):
-            if key[name] != expected:
+        made_from = {"data_sha256": data.sha256, "tokenizer_sha256": data.tokenizer_sha256, "model_sha256": model_sha256}
+        for name, expected in made_from.items():
+            if expected is not None and key[name] != expected:
                 raise ScoreError(f"{path}: {name} is {key[name][:12]}, expected {expected[:12]}: stale scores; run dvc repro")
         if len(self.flat) != data.lengths.sum():
             raise ScoreError(f"{path}: expected {data.lengths.sum()} scores, found {len(self.flat)}")
@@ -56,6 +91,7 @@ class Scores:
             raise ScoreError(f"{path}: a score is not finite; run dvc repro")
         self.model_sha256: str = key["model_sha256"]
         self.gate_passed: bool = key["gate_passed"]
+        self.unit: str = key["unit"]
         self.sha256 = sha256_file(path)
         self.ends = np.cumsum(data.lengths)
 

@@ -28,8 +28,9 @@ def reference_loss(model: Transformer) -> Callable[[Batch], Tensor]:
 
 
 def critic_value(critic: Critic) -> Callable[[Batch], Tensor]:
-    """V(x[0..i]) [B, T] by STATE, as a probability."""
-    return lambda batch: torch.sigmoid(critic(batch.tokens_BT, batch.response_BT)[0])
+    """V(x[0..i]) [B, T] by STATE, in the critic's own unit."""
+    as_value = torch.sigmoid if critic.unit == "probability" else torch.nn.Identity()
+    return lambda batch: as_value(critic(batch.tokens_BT, batch.response_BT)[0])
 
 
 @torch.no_grad()
@@ -60,7 +61,8 @@ def score_split(
     world: World,
     token_budget: int,
     gate_passed: bool = True,
+    unit: str = "nats",
 ) -> None:
     scores = score_rows(score, data, np.arange(len(data)), world, token_budget)
     if scores is not None:
-        write_scores(out, scores, data, model_sha256, gate_passed=gate_passed)
+        write_scores(out, scores, data, model_sha256, gate_passed=gate_passed, unit=unit)

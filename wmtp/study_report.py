@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from wmtp.pages import GREY, colour, figure, grid, p_value, paragraph, points, title
+from wmtp.pages import GREY, colour, grid, p_value, panels, paragraph, points, title
 
 ALPHA = 0.05
 
@@ -71,8 +71,8 @@ def draw(contrasts: Sequence[Mapping[str, Any]], by_seed: Mapping[tuple[str, str
     benchmarks = list(dict.fromkeys(one["benchmark"] for one in contrasts))
     labels = list(dict.fromkeys((one["arm"], one["against"]) for one in contrasts))
     size = (4.4 * len(benchmarks), 1.0 + 0.3 * len(labels))
-    with figure(path, size, len(benchmarks), sharey=True) as panels:
-        for panel, benchmark in zip(panels, benchmarks):
+    with panels(path, size, len(benchmarks), sharey=True) as axes:
+        for panel, benchmark in zip(axes, benchmarks):
             for one in (one for one in contrasts if one["benchmark"] == benchmark):
                 place = labels.index((one["arm"], one["against"]))
                 seeds = [100 * d for d in by_seed[one["arm"], one["against"], benchmark]]
@@ -86,4 +86,4 @@ def draw(contrasts: Sequence[Mapping[str, Any]], by_seed: Mapping[tuple[str, str
             panel.set_title(title(benchmark), loc="left")
             panel.set_xlabel("difference of pass@1, points (95 % interval)")
             panel.set_yticks(range(len(labels)), [f"{arm} - {against}" for arm, against in labels])
-        panels[0].set_ylim(len(labels) - 0.5, -0.5)
+        axes[0].set_ylim(len(labels) - 0.5, -0.5)
