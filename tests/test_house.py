@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from tests.house import EXEMPT, PIPELINES, ROOT, code_dependencies, filled, imports, method_files, weighting_dependencies
-from wmtp.params import OPERATIONAL, ParameterError, Params, validate
+from wmtp.params import OPERATIONAL, ParameterError, Params, Section, validate
 from wmtp.view import View, declared_keys, split_arguments
 from wmtp.weighting import METHODS
 
@@ -224,6 +224,24 @@ def test_no_dead_parameter():
     for leaf in leaves(PARAMS):
         prefixes = [leaf.rsplit(".", n)[0] for n in range(leaf.count(".") + 1)]
         assert any(prefix in used or prefix in OPERATIONAL for prefix in prefixes), f"{leaf} changes nothing"
+
+
+def names_used(path: Path) -> set[str]:
+    """Attributes read, parameters of functions, which take a section spread over them, and words in quotes, which index one."""
+    nodes = list(ast.walk(ast.parse(path.read_text())))
+    words = {node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)}
+    return words | {node.attr for node in nodes if isinstance(node, ast.Attribute)} | {one.arg for one in nodes if isinstance(one, ast.arg)}
+
+
+def test_every_key_of_the_schema_is_read_somewhere():
+    """A section may be declared whole; so each of its keys must be named by code outside the schema, or by a pipeline."""
+    code = [path for folder in ("wmtp", "stages") for path in (ROOT / folder).rglob("*.py") if path.name != "params.py"]
+    used = set().union(*map(names_used, code)) | set(re.findall(r"\w+", "".join((ROOT / name).read_text() for name in PIPELINES)))
+    fields, waiting = set(), [Section]
+    while waiting:
+        waiting += (section := waiting.pop()).__subclasses__()
+        fields |= {(section.__name__, name) for name in section.model_fields}
+    assert not {(section, name) for section, name in fields if name not in used}
 
 
 def test_every_field_of_the_schema_is_in_the_file():

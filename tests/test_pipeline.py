@@ -242,7 +242,10 @@ def test_real_files_go_through_every_stage(finished, tmp_path):
     run(ROOT, "git", "clone", "-q", str(finished), str(folder))
     run(folder, sys.executable, "-m", "wmtp.overlay", "presets/real-data.yaml", "--write", "params.yaml")
     text = (folder / "params.yaml").read_text()
-    (folder / "params.yaml").write_text(text.replace("../shared/datasets", str(REAL)))
+    text = (
+        text.replace("../shared/datasets", str(REAL)).replace("max_tokens: 24", "max_tokens: 8").replace("n_processes: 1", "n_processes: 2")
+    )
+    (folder / "params.yaml").write_text(text)
     run(folder, "dvc", "repro")
     data = json.loads((folder / "metrics/data.json").read_text())
     assert data["humaneval"]["problems"] == data["humaneval"]["references_passed"] == 164

@@ -405,6 +405,34 @@ def test_the_address_in_the_environment_wins_from_the_root_and_outside_dvc_the_k
 
 
 @pytest.mark.stress
+def test_the_readme_s_command_shows_the_runs(home):
+    from mlflow.tracking.client import MlflowClient
+
+    words = next(line for line in (Path(__file__).parents[1] / "README.md").read_text().split("`") if line.startswith("mlflow ui"))
+    assert stage(home, "shown", 'with stage_run("s", {"a": 1}, True) as run:\n    run.log(1, {"loss": 1.0})') == (0, "")
+    delivered(home)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", *words.split(), "--port", str(port), "--workers", "1"]
+    quiet = subprocess.DEVNULL
+    server = subprocess.Popen(command, cwd=home, env=INHERITED | tracking.ENVIRONMENT, stdout=quiet, stderr=quiet, start_new_session=True)
+    try:
+        wait(lambda: answers(port))
+        store = MlflowClient(f"http://127.0.0.1:{port}")
+        runs = store.search_runs([one.experiment_id for one in store.search_experiments()])
+        assert any(run.data.metrics.get("loss") == 1.0 for run in runs)
+    finally:
+        os.killpg(server.pid, signal.SIGKILL)
+        server.wait()
+
+
+def answers(port: int) -> bool:
+    with socket.socket() as knock:
+        return knock.connect_ex(("127.0.0.1", port)) == 0
+
+
+@pytest.mark.stress
 def test_a_real_server(tmp_path):
     from mlflow.tracking.client import MlflowClient
 
@@ -418,12 +446,8 @@ def test_a_real_server(tmp_path):
     server = subprocess.Popen(command, cwd=tmp_path, env=variables, stdout=quiet, stderr=quiet, start_new_session=True)
     address = f"http://127.0.0.1:{port}"
 
-    def up() -> bool:
-        with socket.socket() as knock:
-            return knock.connect_ex(("127.0.0.1", port)) == 0
-
     try:
-        wait(up)
+        wait(lambda: answers(port))
         program = """
         with stage_run("s", {"a": 1}, True) as run:
             run.log(1, {"loss": 1.0})
