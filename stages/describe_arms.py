@@ -1,4 +1,4 @@
-"""python -m stages.describe_arms SCORES OUT: one file an arm with the hashes of what it alone depends on, its weighting and its signal.
+"""python -m stages.describe_arms SCORES OUT START [ARM=START...]: one file an arm with its start and the hashes of all that it alone needs.
 
 A matrix of DVC cannot name another dependency for each arm; this file can, and changes only when its arm does.
 """
@@ -8,16 +8,23 @@ from pathlib import Path
 from typing import Any
 
 from stages import run
+from wmtp.bundle import bundle_sha256
 from wmtp.records import sha256_file, write_text
 from wmtp.weighting import METHODS
 
 
-def work(params: Any, track: Any, scores: str, out: str) -> dict[str, Any]:
+def work(params: Any, track: Any, scores: str, out: str, start: str, *others: str) -> dict[str, Any]:
+    starts = dict(other.split("=", 1) for other in others)
     for arm in params.study.arms:
-        method = METHODS[arm]
-        files = {path.name: sha256_file(path) for path in method.source_files()}
-        signal = sha256_file(Path(scores) / f"{method.signal}.safetensors") if method.signal else None
-        write_text(Path(out) / f"{arm}.json", json.dumps({**method._asdict(), "files": files, "scores": signal}, indent=1) + "\n")
+        method, own = METHODS[arm], starts.get(arm, start)
+        found = {
+            **method._asdict(),
+            "files": {path.name: sha256_file(path) for path in method.source_files()},
+            "scores": sha256_file(Path(scores) / f"{method.signal}.safetensors") if method.signal else None,
+            "start": own,
+            "start_sha256": bundle_sha256(own),
+        }
+        write_text(Path(out) / f"{arm}.json", json.dumps(found, indent=1) + "\n")
     return {"arms": len(params.study.arms)}
 
 

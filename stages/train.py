@@ -1,4 +1,7 @@
-"""python -m stages.train METHOD START PROCESSED SIGNAL OUT LOG REPORT: one method's policy; SIGNAL is its scores, or '-' for none."""
+"""python -m stages.train METHOD START PROCESSED SIGNAL OUT LOG REPORT: one method's policy.
+
+START is a bundle, or a description of an arm that names one; SIGNAL the method's scores, or the folder that holds all scores.
+"""
 
 import json
 from pathlib import Path
@@ -20,6 +23,7 @@ from wmtp.world import joined
 def work(params: Any, track: Any, method: str, start: str, processed: str, signal: str, out: str, log: str, report: str) -> dict[str, Any]:
     settings, training = params.methods[method], params.training
     with joined(params.run.device) as world:
+        start = json.loads(Path(start).read_text())["start"] if start.endswith(".json") else start
         data = TokenData(processed, "policy")
         check_same_tokenizer(data.tokenizer_sha256, start, "policy.start")
         model = load_bundle(start, n_future=settings.n_future, dtype=torch.float32, device=world.device)

@@ -31,6 +31,15 @@ def one_thread():
         torch.set_num_threads(1)
 
 
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Path:
+    """A clone, with its results, of one whole tiny run; tests that change it copy it or restore what they change."""
+    from tests.pipeline import built, cloned
+
+    base = tmp_path_factory.getbasetemp()
+    return cloned(built(base.parent if "PYTEST_XDIST_WORKER" in os.environ else base), tmp_path_factory.mktemp("pipeline") / "clone")
+
+
 @pytest.fixture(scope="session")
 def micro(tmp_path_factory) -> Micro:
     """Three heads, grouped queries, four blocks, vocabulary 400; some sixty programs to train on and a few to validate."""

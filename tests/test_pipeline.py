@@ -2,76 +2,17 @@
 
 import json
 import os
-import re
-import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import yaml
 
-from tests.house import ROOT
+from tests.pipeline import METHODS, after, cloned, environment, restored, run, stages_run
 
 pytestmark = pytest.mark.slow
-METHODS = ("ntp", "baseline", "verifiable", "rho1")
-
-
-def environment() -> dict[str, str]:
-    """This interpreter first on the path, as an activated environment has it, and nothing of a DVC run that may surround the tests."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("DVC_", "WMTP_", "MLFLOW_", "OMP_"))}
-    identity = {f"GIT_{who}_{what}": "test@localhost" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")}
-    return {**kept, **identity, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
-
-
-def run(folder: Path, *command: str, check: bool = True) -> subprocess.CompletedProcess:
-    done = subprocess.run(command, cwd=folder, env=environment(), capture_output=True, text=True)
-    assert not check or done.returncode == 0, (
-        f"{' '.join(command)} ended with {done.returncode}:\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
-    )
-    return done
-
-
-def copied(folder: Path) -> Path:
-    """A repository of its own with this working tree's files and the tiny parameters."""
-    listed = subprocess.run(
-        ["git", "ls-files", "--cached", "--others", "--exclude-standard"], cwd=ROOT, check=True, capture_output=True, text=True
-    ).stdout.splitlines()
-    for name in listed:
-        if (ROOT / name).is_file() and not name.startswith("metrics/") and name != "dvc.lock":
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(ROOT / name, folder / name)
-    run(folder, sys.executable, "-m", "wmtp.overlay", "presets/tiny.yaml", "--write", "params.yaml")
-    run(folder, "git", "init", "-q", "-b", "main")
-    run(folder, "git", "add", "-A")
-    run(folder, "git", "commit", "-qm", "tiny")
-    return folder
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory) -> Path:
-    """One whole run, committed; tests that change it copy it or restore what they change."""
-    folder = copied(tmp_path_factory.mktemp("pipeline"))
-    run(folder, "dvc", "repro")
-    run(folder, "git", "add", "-A")
-    run(folder, "git", "commit", "-qm", "results")
-    return folder
-
-
-def stages_run(done: subprocess.CompletedProcess) -> set[str]:
-    return set(re.findall(r"Running stage '([^']+)'", done.stdout + done.stderr))
-
-
-def after(*methods: str) -> set[str]:
-    """The stages that follow a change in the training of these methods."""
-    return {f"{stage}@{method}" for method in methods for stage in ("train", "sample", "evaluate-humaneval-mbpp")} | {"compare"}
-
-
-def restored(folder: Path) -> None:
-    run(folder, "git", "checkout", "-q", "--", ".")
-    run(folder, "dvc", "checkout", "-q")
 
 
 def test_every_stage_ends_and_a_second_run_has_nothing_to_do(finished):
@@ -134,9 +75,7 @@ def test_two_seeds_through_the_queue(finished):
 
 def test_side_by_side_ends_where_one_after_the_other_does(finished, tmp_path):
     folder = tmp_path / "parallel"
-    run(ROOT, "git", "clone", "-q", str(finished), str(folder))
-    run(folder, "dvc", "cache", "dir", "--local", str(finished / ".dvc/cache"))
-    run(folder, "dvc", "checkout", "-q", "--allow-missing", check=False)
+    cloned(finished, folder)
     edited = (folder / "params.yaml").read_text().replace("seed: 1 ", "seed: 5 ")
     for place in (folder, finished):
         (place / "params.yaml").write_text(edited)
@@ -211,53 +150,3 @@ def processes_in(folder: Path, words: bytes = b"stages.train") -> list[int]:
         except OSError:
             continue
     return found
-
-
-@pytest.mark.parametrize(
-    ("key", "value", "expected"),
-    [
-        ("training.learning_rate", "-1.0", "training.learning_rate: Input should be greater than 0, found -1.0"),
-        ("report.method", "dpo", "report.method 'dpo' is none of methods"),
-        ("source.data.min_operations", "9", "min_operations 9 is above max_operations 4"),
-        ("evaluation.humaneval_protocol", "nonesuch", "unknown protocol 'nonesuch', expected one of"),
-    ],
-)
-def test_a_bad_value_is_one_line(finished, key, value, expected):
-    done = run(finished, "dvc", "exp", "run", "-S", f"{key}={value}", check=False)
-    restored(finished)
-    assert done.returncode != 0
-    assert expected in done.stdout + done.stderr
-    assert "Traceback" not in done.stdout + done.stderr
-
-
-REAL = ROOT.parent / "shared" / "datasets"
-
-
-@pytest.mark.skipif(
-    not REAL.is_dir() and os.environ.get("WMTP_REAL_DATA") != "require", reason="the folder of real files is not beside this repository"
-)
-def test_real_files_go_through_every_stage(finished, tmp_path):
-    assert REAL.is_dir(), f"{REAL} is absent; WMTP_REAL_DATA=require needs it"
-    folder = tmp_path / "real"
-    run(ROOT, "git", "clone", "-q", str(finished), str(folder))
-    run(folder, sys.executable, "-m", "wmtp.overlay", "presets/real-data.yaml", "--write", "params.yaml")
-    text = (folder / "params.yaml").read_text()
-    text = (
-        text.replace("../shared/datasets", str(REAL)).replace("max_tokens: 24", "max_tokens: 8").replace("n_processes: 1", "n_processes: 2")
-    )
-    (folder / "params.yaml").write_text(text)
-    run(folder, "dvc", "repro")
-    data = json.loads((folder / "metrics/data.json").read_text())
-    assert data["humaneval"]["problems"] == data["humaneval"]["references_passed"] == 164
-    assert data["mbpp"]["problems"] == data["mbpp"]["references_passed"] == 500
-    for method in ("start", *METHODS):
-        figures = json.loads((folder / f"metrics/{method}/eval.json").read_text())
-        assert (figures["humaneval"]["n_problems"], figures["mbpp"]["n_problems"]) == (164, 500)
-
-
-def test_the_7b_preset_is_a_pipeline_that_dvc_can_plan(finished):
-    run(finished, sys.executable, "-m", "wmtp.overlay", "presets/7b.yaml", "--write", "params.yaml")
-    planned = stages_run(run(finished, "dvc", "repro", "--dry", "compare"))
-    restored(finished)
-    assert {f"train@{method}" for method in METHODS} <= planned
-    assert not {"warm-up", "build-micro-model"} & planned, "the 7B policies start from the base itself"

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -135,9 +136,13 @@ def policy_objective(
 def policy_signal(
     name: str, path: str, data: TokenData, train_anyway: Callable[[], bool]
 ) -> tuple[Callable[[int], np.ndarray] | None, dict[str, str]]:
-    """The method's cached signal by row and the hashes that it adds to the run's inputs; a critic that failed its gate is refused."""
+    """The method's cached signal by row and the hashes that it adds to the run's inputs; a critic that failed its gate is refused.
+
+    `path` is the score file, or a folder that holds one for each signal.
+    """
     if METHODS[name].signal is None:
         return None, {}
+    path = str(Path(path) / f"{METHODS[name].signal}.safetensors") if Path(path).is_dir() else path
     scores = Scores(path, data)
     if METHODS[name].signal == "critic" and not scores.gate_passed and not train_anyway():
         raise WeightError(

@@ -80,6 +80,8 @@ METHODS: dict[str, Method] = {
     "baseline": Method("uniform"),
     "verifiable": Method("advantage", signal="critic"),
     "rho1": Method("excess", signal="reference", needs_forward=True),
+    # Next tokens at full depth: as many blocks as the others have with their extra heads.
+    "ntp_full": Method("uniform"),
     # Controls: is it the signal, or any weights that are not uniform?
     "shuffled": Method("shuffled", signal="critic"),
     "constant_critic": Method("constant_critic"),

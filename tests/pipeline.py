@@ -1,0 +1,81 @@
+"""A finished tiny run of the pipeline for the tests that call DVC, made once however many workers pytest has."""
+
+import fcntl
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from tests.house import ROOT
+
+METHODS = ("ntp", "baseline", "verifiable", "rho1")
+
+
+def environment() -> dict[str, str]:
+    """This interpreter first on the path, as an activated environment has it, and nothing of a DVC run that may surround the tests."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("DVC_", "WMTP_", "MLFLOW_", "OMP_"))}
+    identity = {f"GIT_{who}_{what}": "test@localhost" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")}
+    return {**kept, **identity, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+
+
+def run(folder: Path, *command: str, check: bool = True) -> subprocess.CompletedProcess:
+    done = subprocess.run(command, cwd=folder, env=environment(), capture_output=True, text=True)
+    assert not check or done.returncode == 0, (
+        f"{' '.join(command)} ended with {done.returncode}:\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+    )
+    return done
+
+
+def copied(folder: Path) -> Path:
+    """A repository of its own with this working tree's files and the tiny parameters."""
+    listed = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard"], cwd=ROOT, check=True, capture_output=True, text=True
+    ).stdout.splitlines()
+    for name in listed:
+        if (ROOT / name).is_file() and not name.startswith("metrics/") and name != "dvc.lock":
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, folder / name)
+    run(folder, sys.executable, "-m", "wmtp.overlay", "presets/tiny.yaml", "--write", "params.yaml")
+    run(folder, "git", "init", "-q", "-b", "main")
+    run(folder, "git", "add", "-A")
+    run(folder, "git", "commit", "-qm", "tiny")
+    return folder
+
+
+def built(shared: Path) -> Path:
+    """One whole run under `shared`, committed; the first worker that asks makes it, the others wait."""
+    folder = shared / "tiny"
+    with open(shared / "tiny.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (folder / ".done").exists():
+            shutil.rmtree(folder, ignore_errors=True)
+            run(copied(folder), "dvc", "repro")
+            run(folder, "git", "add", "-A")
+            run(folder, "git", "commit", "-qm", "results")
+            (folder / ".git/info/exclude").write_text(".done\n")
+            (folder / ".done").touch()
+    return folder
+
+
+def cloned(source: Path, folder: Path) -> Path:
+    """A clone of `source` with its results, over the same cache."""
+    run(ROOT, "git", "clone", "-q", str(source), str(folder))
+    run(folder, "dvc", "cache", "dir", "--local", str(source / ".dvc/cache"))
+    run(folder, "dvc", "checkout", "-q")
+    return folder
+
+
+def stages_run(done: subprocess.CompletedProcess) -> set[str]:
+    return set(re.findall(r"Running stage '([^']+)'", done.stdout + done.stderr))
+
+
+def after(*methods: str) -> set[str]:
+    """The stages that follow a change in the training of these methods."""
+    return {f"{stage}@{method}" for method in methods for stage in ("train", "sample", "evaluate-humaneval-mbpp")} | {"compare"}
+
+
+def restored(folder: Path) -> None:
+    run(folder, "git", "checkout", "-q", "--", ".")
+    run(folder, "dvc", "checkout", "-q")
