@@ -9,6 +9,7 @@ import pytest
 import torch
 from pydantic import TypeAdapter
 from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests import methods
 from wmtp.align import align_future
@@ -463,6 +464,36 @@ def test_a_step_with_a_fault_changes_no_weight_and_says_what_it_was(weight, mess
     with pytest.raises(WeightError, match=message):
         train_step(model, optimizer, work, whole_step(), World(0, 1, torch.device("cpu")), 40, 1.0)
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+class Waits(TorchDispatchMode):
+    """Operations whose result the host has to see, or that copy from the host, while a training step runs."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        by_mask = name in ("index", "index_put_") and any(index is not None and index.dtype == torch.bool for index in args[1])
+        if by_mask or name in ("_local_scalar_dense", "nonzero", "masked_select", "lift_fresh", "equal", "_unique2"):
+            self.found.append(name)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("head_weights", [None, [4.0, 2.0, 1.0, 1.0]])
+@pytest.mark.parametrize("name", METHODS)
+def test_from_the_models_losses_to_the_steps_sums_nothing_waits_for_the_device(name, head_weights):
+    work = objective(name, mix=0.5, n_future=F, head_weights=head_weights)
+    step = work.prepare(whole_step(name))
+    ce = torch.rand(len(SPANS), T, F, dtype=torch.float64, requires_grad=True)
+    with Waits() as waits:
+        total, _ = work.loss(lambda *_, with_entropy=False, **__: (ce, ce.detach()) if with_entropy else ce, step)
+        total.backward()
+    assert not waits.found
+    with waits:
+        bool(ce.sum() > 0), ce[ce > 0]
+    assert waits.found, "the watch sees what it should"
 
 
 # --- the log -----------------------------------------------------------------------------------------------------------------------
