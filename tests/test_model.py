@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from wmtp.align import IGNORE
+from wmtp.align import IGNORE, future_targets
 from wmtp.bundle import BundleError, ModelArgs, read_tensors
 from wmtp.model import Cache, Transformer, load_bundle
 
@@ -271,3 +271,15 @@ def test_parity_with_transformers_llama(micro, tmp_path, n_kv_heads):
     with torch.no_grad():
         expected = theirs(tokens_BT).logits
         torch.testing.assert_close(ours(tokens_BT)[:, :, 0], expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("first", [0, 4])
+def test_entropy_comes_with_the_loss_where_it_is_asked_for(first):
+    model = random_model().double()
+    tokens, response = torch.randint(0, 40, (2, 12), generator=torch.Generator().manual_seed(0)), torch.arange(12).expand(2, 12) >= 7
+    targets = future_targets(tokens, response, model.n_future)
+    ce, entropy = model(tokens, targets, first=first, with_entropy=True)
+    assert torch.equal(ce, model(tokens, targets, first=first)) and ce.requires_grad and not entropy.requires_grad
+    p = model(tokens).softmax(-1)
+    expected = -(p * p.log()).sum(-1) * (targets != IGNORE)
+    torch.testing.assert_close(entropy, expected.detach(), rtol=0, atol=1e-12)

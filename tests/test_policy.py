@@ -9,6 +9,7 @@ import pytest
 import torch
 from pydantic import TypeAdapter
 from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests import methods
 from wmtp.align import align_future
@@ -19,7 +20,9 @@ from wmtp.params import AnyMethod, UniformMethod
 from wmtp.policy import PolicyObjective, WeightError, check_faults, check_weights, policy_objective, policy_signal
 from wmtp.scores import write_scores
 from wmtp.tokens import Row, TokenData, write_split
+from wmtp.train import train_step
 from wmtp.weighting import METHODS, Method
+from wmtp.world import World
 
 F, T, VOCABULARY = 4, 20, 23
 # P and L of each row: the shortest prompt that four heads allow, a response of one token, no padding, much padding.
@@ -197,6 +200,19 @@ def test_gradients_do_not_depend_on_the_split(name, mix, models):
         assert all(torch.allclose(other_sums[key], sums[key], rtol=1e-10, atol=0) for key in sums)
 
 
+@pytest.mark.parametrize("head_weights", [None, (4.0, 2.0, 1.0, 0.0)])
+@pytest.mark.parametrize(
+    "form, mode", [*((form, mode) for form in methods.EXCESS_FORMS for mode in methods.HEAD_MODES), ("softmax_over_heads", None)]
+)
+def test_gradients_of_every_selection_do_not_depend_on_the_split(form, mode, head_weights, models):
+    model, step = models[F], whole_step("rho1", EQUAL_LENGTHS)
+    work = replace(methods.objective("rho1", values=methods.excess_block(form, mode)), head_weights=head_weights)
+    _, gradients, sums = prepared(model, work, step, ONE_BY_EIGHT)
+    assert float(sums["w"].sum() / sums["n"].sum()) == pytest.approx(1, abs=1e-6)
+    _, other, _ = prepared(model, work, step, EIGHT_BY_ONE, 3)
+    same(other, gradients)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_gradients_of_unequal_rows_do_not_depend_on_the_split_in_single_precision(name):
     model, step, work = small_model(torch.float32), whole_step(name), objective(name, n_future=F)
@@ -263,6 +279,34 @@ def test_mix_blends_with_uniform(name, models):
     for mix in (0.0, 0.3, 1.0):
         found = prepared(model, objective(name, mix), step)[1]
         same(found, {key: uniform[key] + mix * (full[key] - uniform[key]) for key in full}, 1e-6)
+
+
+@pytest.mark.parametrize("name", ["baseline", "verifiable", "rho1"])
+def test_head_weights_scale_the_heads_losses_over_their_mean(name, models):
+    """4, 2, 1, 1 count as 2, 1, 1/2, 1/2: the mean over all targets stays 1."""
+    model, step = models[F], whole_step(name)
+    ce = cross_entropy(model, step)
+    weight = token_weight(name, step, ce)
+    work = objective(name, head_weights=[4.0, 2.0, 1.0, 1.0])
+    loss, _, sums = prepared(model, work, step, 40)
+    expected = math.fsum(weight[b, i] * (2.0, 1.0, 0.5, 0.5)[h] * one for (b, i, h), one in ce.items()) / len(ce)
+    assert loss == pytest.approx(expected, rel=1e-6)
+    torch.testing.assert_close(sums["w"] / sums["n"], torch.tensor([2.0, 1.0, 0.5, 0.5]).double(), rtol=0, atol=1e-5)
+
+
+def test_equal_head_weights_are_none(models):
+    step = whole_step("verifiable")
+    found = [prepared(models[F], objective("verifiable", head_weights=value), step)[1] for value in (None, [0.5] * F)]
+    same(found[1], found[0], 1e-12)
+
+
+def test_head_weights_keep_each_rows_mean_where_heads_have_unequal_shares(models):
+    """A pooled selection gives head 0 few tokens; scaled up it would raise the learning rate."""
+    model, step = models[F], whole_step("rho1")
+    work = methods.objective("rho1", values=methods.excess_block("topk", "pooled") | {"head_weights": [8.0, 1.0, 1.0, 1.0]})
+    for row in range(len(SPANS)):
+        sums = prepared(model, work, reordered(step, torch.tensor([row])))[2]
+        assert float(sums["w"].sum() / sums["n"].sum()) == pytest.approx(1, abs=1e-6)
 
 
 @pytest.mark.parametrize("mix", [0.0, 0.1, 0.5])
@@ -403,12 +447,62 @@ def test_weights_are_checked_every_step_whether_or_not_they_need_the_forward(nee
         prepared(models[F], PolicyObjective(Faulty(weight, None, needs_forward), {}, F), whole_step())
 
 
+@pytest.mark.parametrize("weight", ["nan", "-1", "1.1", "0"])
+def test_a_fault_is_found_on_the_device_and_makes_the_loss_no_number(weight, models):
+    """Nothing waits for the weights, and no rank reaches its optimizer with wrong ones."""
+    total, sums = PolicyObjective(Faulty(weight, None, True), {}, F).loss(models[F], whole_step())
+    assert total.isnan() and sums["faults"].isnan().any() | sums["faults"].any()
+    good, sums = PolicyObjective(Faulty("1", None, True), {}, F).loss(models[F], whole_step())
+    assert good.isfinite() and not sums["faults"][:3].any()
+
+
+@pytest.mark.parametrize("weight, message", [("nan", "not a number"), ("1.1", r"mean 1\.100000 over 296 targets")])
+def test_a_step_with_a_fault_changes_no_weight_and_says_what_it_was(weight, message):
+    model = small_model(torch.float64)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    work, optimizer = PolicyObjective(Faulty(weight, None, True), {}, F), torch.optim.SGD(model.parameters(), lr=1.0)
+    with pytest.raises(WeightError, match=message):
+        train_step(model, optimizer, work, whole_step(), World(0, 1, torch.device("cpu")), 40, 1.0)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+class Waits(TorchDispatchMode):
+    """Operations whose result the host has to see, or that copy from the host, while a training step runs."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        by_mask = name in ("index", "index_put_") and any(index is not None and index.dtype == torch.bool for index in args[1])
+        if by_mask or name in ("_local_scalar_dense", "nonzero", "masked_select", "lift_fresh", "equal", "_unique2"):
+            self.found.append(name)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("head_weights", [None, [4.0, 2.0, 1.0, 1.0]])
+@pytest.mark.parametrize("name", METHODS)
+def test_from_the_models_losses_to_the_steps_sums_nothing_waits_for_the_device(name, head_weights):
+    work = objective(name, mix=0.5, n_future=F, head_weights=head_weights)
+    step = work.prepare(whole_step(name))
+    ce = torch.rand(len(SPANS), T, F, dtype=torch.float64, requires_grad=True)
+    with Waits() as waits:
+        total, _ = work.loss(lambda *_, with_entropy=False, **__: (ce, ce.detach()) if with_entropy else ce, step)
+        total.backward()
+    assert not waits.found
+    with waits:
+        bool(ce.sum() > 0), ce[ce > 0]
+    assert waits.found, "the watch sees what it should"
+
+
 # --- the log -----------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_summary_is_of_the_whole_step(name, models):
-    model, step, work = models[heads(name)], whole_step(name), objective(name)
+    model, work = models[heads(name)], objective(name)
+    step = replace(whole_step(name), is_correct_B=torch.arange(len(SPANS)) % 3 > 0)
     loss, _, sums = prepared(model, work, step, 40)
     ce = cross_entropy(model, step)
     weight = token_weight(name, step, ce)
@@ -420,10 +514,30 @@ def test_the_summary_is_of_the_whole_step(name, models):
     for h in range(work.n_future):
         of_head = [loss for (_, _, head), loss in ce.items() if head == h]
         assert figures[f"ce_head{h}"] == pytest.approx(math.fsum(of_head) / len(of_head), rel=1e-9)
+        chosen = [weight[b, i] > 0 for b, i, head in ce if head == h]
+        assert figures[f"weight_selected_head{h}"] == pytest.approx(sum(chosen) / len(chosen))
     assert figures["weight_mean"] == pytest.approx(1, abs=1e-6)
     assert figures["weight_std"] == pytest.approx(math.sqrt(math.fsum((x - 1) ** 2 for x in w) / n), abs=1e-6)
+    assert (figures["weight_min"], figures["weight_max"]) == (pytest.approx(min(w)), pytest.approx(max(w)))
     assert figures["weight_ess"] == pytest.approx(math.fsum(w) ** 2 / math.fsum(x * x for x in w) / n, rel=1e-6)
+    share = [x / math.fsum(w) for x in w if x > 0]
+    assert figures["weight_concentration"] == pytest.approx(math.exp(-math.fsum(p * math.log(p) for p in share)) / n, rel=1e-6)
     assert figures["weight_selected"] == pytest.approx(sum(x > 0 for x in w) / n)
+    wrong = math.fsum(weight[b, i] for b, i, _ in ce if b % 3 == 0)
+    assert figures["weight_on_incorrect"] == pytest.approx(wrong / math.fsum(w))
+
+
+def test_what_the_weighting_notes_is_logged_whatever_the_split(models):
+    step = whole_step("verifiable")
+    work = methods.objective("verifiable", weight_clip_min=0.0, weight_clip_max=1e9)
+    work = replace(work, settings={**work.settings, "beta": 0.02})
+    for budget in (10**9, 40):
+        figures = work.summary(prepared(models[F], work, step, budget)[2])
+        assert figures["weight_beta"] > 0.03 and figures["weight_concentration"] == pytest.approx(0.3, abs=1e-3)
+        assert figures["weight_at_clip_max"] == 0
+    usual = objective("verifiable").summary(prepared(models[F], objective("verifiable"), step, 40)[2])
+    assert usual["weight_beta"] == pytest.approx(0.9) and 0 <= usual["weight_at_clip_min"] < 0.5
+    assert "weight_beta" not in objective("baseline").summary(prepared(models[F], objective("baseline"), step)[2])
 
 
 # --- from params to an objective ---------------------------------------------------------------------------------------------------

@@ -57,7 +57,7 @@ class PolicyObjective:
         """Sum of w * ce over this micro-batch, and detached float64 sums for the log, [F] each where they are by head.
 
         Weights that need the forward are checked on the device without waiting for it: `faults` counts what is wrong with them, and a
-        fault makes the loss no number, so that every rank stops before its optimizer. `check_faults` then tells what it was.
+        fault makes loss and gradient no numbers, so that every rank stops before its optimizer. `check_faults` then tells what it was.
         """
         targets_BTF = future_targets(batch.tokens_BT, batch.response_BT, self.n_future)
         valid_BTF = targets_BTF != IGNORE
@@ -74,7 +74,7 @@ class PolicyObjective:
         weight_BTF = self.method.weigh(vars(batch) | {"ce_BTF": ce_BTF.detach(), "entropy_BTF": entropy_BTF}, self.settings)
         weight_BTF = self._by_head(self._mixed(weight_BTF, valid_BTF), valid_BTF)
         faults = _faults(weight_BTF, valid_BTF)
-        total = (weight_BTF * ce_BTF * valid_BTF).sum() + torch.where(faults[:3].any(), torch.nan, 0.0)
+        total = (weight_BTF * ce_BTF * valid_BTF).sum() * torch.where(faults[:3].any(), torch.nan, 1.0)
         return total, _sums(ce_BTF.detach(), weight_BTF, valid_BTF, batch) | {"faults": faults}
 
     def summary(self, sums: Mapping[str, Tensor]) -> dict[str, float]:

@@ -54,7 +54,10 @@ def mean_one_per_head(u_BTF: Tensor, response_BT: Tensor) -> Tensor:
 
 
 def zscore(score_BTF: Tensor, valid_BTF: Tensor) -> Tensor:
-    """Each head's scores standardised over the row, 0 off the mask."""
+    """Each head's scores standardised over the row, 0 off the mask; to nine decimals.
+
+    Two heads of a short row can have equal z-scores (1 and -1 where there are two targets); the last bit must not decide between them.
+    """
     score_BTF, n_B1F = score_BTF.masked_fill(~valid_BTF, 0.0), valid_BTF.sum(1, keepdim=True).clamp(min=1)
     centred_BTF = (score_BTF - score_BTF.sum(1, keepdim=True) / n_B1F) * valid_BTF
-    return centred_BTF / (centred_BTF.square().sum(1, keepdim=True) / n_B1F).sqrt().clamp(min=1e-6)
+    return (centred_BTF / (centred_BTF.square().sum(1, keepdim=True) / n_B1F).sqrt().clamp(min=1e-6)).round(decimals=9)
