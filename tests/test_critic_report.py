@@ -43,7 +43,7 @@ def test_equal_values_give_equal_bytes_and_a_picture_whatever_the_user_has_set(t
     with matplotlib.rc_context({"figure.facecolor": "red", "font.size": 30}):
         written(tmp_path / "b", a_part())
     names = sorted(path.name for path in (tmp_path / "a").iterdir())
-    assert names == ["critic.png", "prefix.csv", "reliability.csv", "values.csv"]
+    assert names == ["correct.csv", "critic.png", "incorrect.csv", "prefix.csv", "reliability.csv"]
     assert all((tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes() for name in names)
     picture = matplotlib.image.imread(tmp_path / "a" / "critic.png")
     assert picture.shape[:2] == (1640, 2040) and picture[..., :3].std() > 0.05
@@ -70,9 +70,8 @@ def test_the_numbers_are_those_of_the_gate(tmp_path):
 def test_values_are_rows_by_tokens_read(tmp_path):
     part = a_part()
     right, wrong = written(tmp_path, part)
-    rows = read(tmp_path / "values.csv")
     for name, place in (("correct", right), ("incorrect", wrong)):
-        own = [one for one in rows if one["program"] == name]
+        own = read(tmp_path / f"{name}.csv")
         assert [float(one["value"]) for one in own] == [float(v) for v in part.values[place][2:-1]]
         assert [one["token"] for one in own] == ["", *[f"t{i}" for i in range(len(own) - 1)]]
         # P = 3, the fault in tokens 5 and 6: the third and fourth of the response, read after as many.

@@ -68,11 +68,12 @@ def prefix_rows(judged: Judged, confidence: float, seed: int) -> list[dict[str, 
 
 
 def write(folder: Path, judged: Judged, pair: Sequence[Curve], confidence: float, seed: int) -> None:
-    """FOLDER/prefix.csv, values.csv, critic.png, and reliability.csv where values are probabilities."""
+    """FOLDER/critic.png, prefix.csv, correct.csv, incorrect.csv, and reliability.csv where values are probabilities."""
     prefix = prefix_rows(judged, confidence, seed)
     bins = calibration(judged.at_share(1.0), judged.is_correct) if judged.unit == "probability" else []
     _write_rows(folder / "prefix.csv", prefix)
-    _write_rows(folder / "values.csv", [row for curve in pair for row in _value_rows(curve)])
+    for curve in pair:
+        _write_rows(folder / f"{curve.name}.csv", list(_value_rows(curve)))
     if bins:
         _write_rows(folder / "reliability.csv", bins)
     draw(folder / "critic.png", prefix, bins, pair, judged.unit, confidence)
@@ -81,7 +82,7 @@ def write(folder: Path, judged: Judged, pair: Sequence[Curve], confidence: float
 def _value_rows(curve: Curve) -> Iterator[dict[str, Any]]:
     first, end = curve.fault or (0, 0)
     for place, (text, value) in enumerate(zip(["", *curve.texts], curve.values.tolist())):
-        yield {"program": curve.name, "read": place, "token": visible(text), "value": value, "fault": int(first < place <= end)}
+        yield {"read": place, "token": visible(text), "value": value, "fault": int(first < place <= end)}
 
 
 def _write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:

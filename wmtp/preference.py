@@ -49,10 +49,11 @@ def apart(pairs_NT: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class PairwiseObjective:
-    """-log sigmoid(z_right - z_wrong) of states that have read equally many response tokens, and `lm_coef` times the next-token loss of
-    the correct rows.
+    """-log sigmoid(z_right - z_wrong) of every state of the correct program against every state of the incorrect one, P-1..L-1 of each,
+    and `lm_coef` times the next-token loss of the correct rows.
 
-    The shorter program waits at its last state, L-1. A pair's loss is the mean over the longer one's states and counts for both rows.
+    States at one place alone would leave a trend along the program free, and with it the differences that weights are made of. A pair's
+    loss is the mean over both programs' states and counts for both rows.
     """
 
     lm_coef: float = 0.0
@@ -64,16 +65,15 @@ class PairwiseObjective:
         return 2.0 * len(step.row_B)
 
     def loss(self, model: nn.Module, batch: Pairs) -> tuple[Tensor, dict[str, Tensor]]:
-        response_BT = apart(batch.member_BT)
-        logit_BT, ce_BT = model(apart(batch.tokens_BT), response_BT, first=max(0, batch.shortest_prompt // 2 - 1))
-        n_B = response_BT.sum(1)
-        right_NT, wrong_NT = _by_tokens_read(logit_BT, response_BT, n_B).chunk(2)
-        longer_N = n_B.view(2, -1).amax(0)
-        compared_NT = torch.arange(logit_BT.shape[1], device=logit_BT.device) < longer_N[:, None]
-        value_loss_N = (functional.softplus(wrong_NT - right_NT) * compared_NT).sum(1) / longer_N.clamp(min=1)
-        language_N = (ce_BT.sum(1) / n_B.clamp(min=1)).chunk(2)[0]
+        first, response_BT = max(0, batch.shortest_prompt // 2 - 1), apart(batch.member_BT)
+        logit_BT, ce_BT = model(apart(batch.tokens_BT), response_BT, first=first)
+        state_BT = functional.pad(response_BT[:, 1:], (0, 1), value=False)
+        n_B = state_BT.sum(1).clamp(min=1)
+        value_loss_N = _every_state_against_every(logit_BT[:, first:], state_BT[:, first:]) / n_B.view(2, -1).prod(0)
+        language_N = (ce_BT.sum(1) / n_B).chunk(2)[0]
+        right_N, wrong_N = _last(logit_BT.detach(), state_BT).chunk(2)
         real_N = (batch.row_B >= 0).double()
-        ordered_N = (torch.sign(right_NT[:, -1] - wrong_NT[:, -1]).detach() / 2 + 0.5) * real_N
+        ordered_N = (torch.sign(right_N - wrong_N) / 2 + 0.5) * real_N
         sums = {"n": real_N, "loss": value_loss_N, "language": language_N, "ordered": ordered_N}
         total = (2 * value_loss_N + self.lm_coef * language_N).sum()
         return total, {name: part.detach().double().sum() for name, part in sums.items()}
@@ -83,8 +83,14 @@ class PairwiseObjective:
         return {name: float(sums[part] / sums["n"]) for name, part in names.items()}
 
 
-def _by_tokens_read(logit_BT: Tensor, response_BT: Tensor, n_B: Tensor) -> Tensor:
-    """Column k: the value logit after k response tokens, from state P-1; from L-1 on it stays."""
-    first_B = response_BT.int().argmax(1) - 1
-    read_BT = torch.arange(logit_BT.shape[1], device=logit_BT.device).minimum(n_B[:, None] - 1)
-    return logit_BT.gather(1, (first_B[:, None] + read_BT).clamp(min=0))
+def _every_state_against_every(logit_BT: Tensor, state_BT: Tensor) -> Tensor:
+    """Sum [N] of softplus(z_wrong - z_right) over all pairs of states; rows are correct programs, then their incorrect twins."""
+    (right_NT, wrong_NT), (of_right_NT, of_wrong_NT) = logit_BT.chunk(2), state_BT.chunk(2)
+    loss_NTT = functional.softplus(wrong_NT[:, None, :] - right_NT[:, :, None])
+    return (loss_NTT * (of_right_NT[:, :, None] & of_wrong_NT[:, None, :])).sum((1, 2))
+
+
+def _last(logit_BT: Tensor, state_BT: Tensor) -> Tensor:
+    """The value logit [B] of the last judged state, L-1."""
+    place_BT = torch.arange(logit_BT.shape[1], device=logit_BT.device) * state_BT
+    return logit_BT.gather(1, place_BT.argmax(1, keepdim=True)).squeeze(1)
