@@ -257,7 +257,7 @@ def test_counts_are_those_of_the_rows(corpus, rows, tmp_path):
     }  # fmt: skip
 
 
-def test_the_manifest_hashes_every_file_and_each_split(tokenizer, corpus, rows, tmp_path):
+def test_the_manifest_hashes_every_file_of_each_split(tokenizer, corpus, rows, tmp_path):
     folder = write(tmp_path / "out", tokenizer, rows[:6], corpus.training, ("policy", "critic"))
     manifest = json.loads((folder / "manifest.json").read_text())
     on_disk = {name: hashlib.sha256(content).hexdigest() for name, content in contents(folder).items() if name != "manifest.json"}
@@ -265,6 +265,17 @@ def test_the_manifest_hashes_every_file_and_each_split(tokenizer, corpus, rows, 
     assert manifest["tokenizer_sha256"] == sha256_file(tokenizer.path)
     assert manifest["splits"]["policy"]["problems"] == 3
     assert TokenData(folder, "policy").sha256 == manifest["splits"]["policy"]["sha256"]
+
+
+def test_the_manifest_does_not_hang_on_the_benchmarks(tokenizer, corpus, rows, tmp_path):
+    def manifest(name, benchmark):
+        counts = {"policy": write_split(tmp_path / name / "policy", rows[:6], corpus.training)}
+        (tmp_path / name / "benchmarks").mkdir()
+        (tmp_path / name / "benchmarks/mbpp.jsonl").write_text(benchmark)
+        write_manifest(tmp_path / name, tokenizer, "alpaca", counts)
+        return (tmp_path / name / "manifest.json").read_bytes()
+
+    assert manifest("a", "one") == manifest("b", "another")
 
 
 def test_a_splits_hash_changes_with_its_own_rows_alone(tokenizer, corpus, rows, tmp_path):

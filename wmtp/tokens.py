@@ -192,8 +192,11 @@ class TokenData:
 
 
 def write_manifest(processed: Path, tokenizer: Tokenizer, template: str, counts: dict[str, dict[str, Any]]) -> None:
-    """What later stages check: the tokenizer's hash, the template, and for each split its counts and one hash over its files."""
-    files = file_hashes(processed)
+    """What later stages check: the tokenizer's hash, the template, and for each split its counts and one hash over its files.
+
+    Of the splits alone: every training depends on the manifest, and a changed benchmark must not re-run them.
+    """
+    files = {path: digest for path, digest in file_hashes(processed).items() if path.split("/")[0] in counts}
     manifest: dict[str, Any] = {"tokenizer_sha256": tokenizer.sha256, "vocab_size": len(tokenizer), "template": template, "splits": {}}
     for name, count in counts.items():
         own = {path: digest for path, digest in files.items() if path.startswith(f"{name}/")}
