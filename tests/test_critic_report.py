@@ -38,6 +38,7 @@ def written(folder, part):
     return pair
 
 
+@pytest.mark.slow
 def test_equal_values_give_equal_bytes_and_a_picture_whatever_the_user_has_set(tmp_path):
     written(tmp_path / "a", a_part())
     with matplotlib.rc_context({"figure.facecolor": "red", "font.size": 30}):

@@ -5,7 +5,7 @@ where all of it has been read. Of values that are logits (loss `pairwise`) only 
 compares programs of one problem alone, and they have neither a Brier score nor a calibration.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,8 +14,6 @@ import numpy as np
 BOOTSTRAP = 1000
 BINS = 10
 SHARES = (25, 50, 75, 100)  # of a response, in percent
-
-Measure = Callable[[np.ndarray, np.ndarray, np.ndarray], float]
 
 
 @dataclass(frozen=True)
@@ -32,13 +30,11 @@ class Judged:
     span: np.ndarray
     unit: str = "probability"
 
-    @property
-    def measure(self) -> Measure:
-        """AUC of (score, label, problem): over all programs, or within problems where the level of values means nothing."""
-        return pair_accuracy if self.unit == "logit" else lambda score, label, problem: auc(score, label)
-
     def auc(self, score: np.ndarray) -> float:
-        return self.measure(score, self.is_correct, self.problem)
+        """Of one score a row: over all programs, or a mean within problems where the level of values means nothing."""
+        if self.unit == "logit":
+            return pair_accuracy(score, self.is_correct, self.problem)
+        return auc(score, self.is_correct)
 
     def lengths(self) -> np.ndarray:
         """Tokens of each response, the end of text included."""
