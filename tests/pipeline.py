@@ -62,7 +62,7 @@ def built(shared: Path) -> Path:
 def cloned(source: Path, folder: Path) -> Path:
     """A clone of `source` with its results, over the same cache."""
     run(ROOT, "git", "clone", "-q", str(source), str(folder))
-    run(folder, "dvc", "cache", "dir", "--local", str(source / ".dvc/cache"))
+    run(folder, "dvc", "cache", "dir", "--local", run(source, "dvc", "cache", "dir").stdout.strip())
     run(folder, "dvc", "checkout", "-q")
     return folder
 
