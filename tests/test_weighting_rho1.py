@@ -252,3 +252,9 @@ def test_adamtp_by_hand():
     weight = heads.by_target(adamtp_mask.head_weights(entropy, mask(((4, 9),), 11), boundary_fraction=1 / 6))[0]
     assert [(weight[:, h] > 0).nonzero().flatten().tolist() for h in range(3)] == [[4, 5, 6, 7, 8, 9], [4, 5, 6, 8, 9], [4, 5, 6, 9]]
     assert weight[4, 0] == pytest.approx(18 / 15)
+
+
+def test_focal_weights_tell_near_certain_tokens_apart():
+    """1 - p is about the loss itself where p is near 1, far below what 1 - exp(-ce) resolves."""
+    ce = losses(15) * 1e-18
+    close(focal.head_weights(ce, mask(), focusing=1.0), per_head({(b, i, h): float(ce[b, i - h - 1, h]) for b, i, h in ENTRIES}))
