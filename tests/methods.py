@@ -12,17 +12,18 @@ BOUNDS = {"weight_clip_min": 0.1, "weight_clip_max": 5.0}
 PIPELINE = {"gamma": 1.0, "lam": 0.95, "sigma_floor": 0.01, "z_clip": 5.0, **BOUNDS, "concentration_floor": 0.3}
 OWN: dict[str, dict[str, Any]] = {
     "verifiable": PIPELINE,
-    "rho1": {"selection": "topk", "head_mode": "shared_target", "keep_fraction": 0.6},
+    "rho1": {"selection": "topk", "head_mode": "shared_target", "scope": "sequence", "keep_fraction": 0.6},
     "shuffled": PIPELINE,
     "constant_critic": PIPELINE,
     "position_only": {**PIPELINE, "n_bins": 5},
     "random_matched": PIPELINE,
     "random_k": {"keep_fraction": 0.6},
-    "inverted_k": {"head_mode": "shared_target", "keep_fraction": 0.6},
+    "inverted_k": {"head_mode": "shared_target", "scope": "sequence", "keep_fraction": 0.6},
     "oracle": {**BOUNDS, "emphasis": 10.0},
-    "focal": {"focusing": 2.0},
-    "entropy_topk": {"keep_fraction": 0.6},
-    "loss_topk": {"keep_fraction": 0.6},
+    "dft": {"scope": "sequence"},
+    "focal": {"scope": "sequence", "focusing": 2.0},
+    "entropy_topk": {"scope": "sequence", "keep_fraction": 0.6},
+    "loss_topk": {"scope": "sequence", "keep_fraction": 0.6},
     "crr_binary": {"gamma": 1.0, "lam": 0.95},
     "head_decay": {"decay": 0.7},
     "adamtp_mask": {"boundary_fraction": 0.2},
@@ -42,11 +43,11 @@ def block(name: str, n_future: int = 4, **changes: Any) -> dict[str, Any]:
     return common | OWN.get(name, {}) | changes
 
 
-def excess_block(selection: str, head_mode: str | None = None, n_future: int = 4) -> dict[str, Any]:
+def excess_block(selection: str, head_mode: str | None = None, n_future: int = 4, scope: str = "sequence") -> dict[str, Any]:
     common = {"weighting": "excess", "n_future": n_future, "mix": 1.0, "head_weights": None, "selection": selection}
     if selection == "softmax_over_heads":
         return {**common, "temperature": 1.0}
-    return {**common, "head_mode": head_mode, **EXCESS_FORMS[selection]}
+    return {**common, "head_mode": head_mode, "scope": scope, **EXCESS_FORMS[selection]}
 
 
 def objective(name: str, steps: Any = (), n_future: int = 4, values: dict[str, Any] | None = None, **changes: Any) -> PolicyObjective:

@@ -97,7 +97,7 @@ def test_every_method_has_a_form_in_which_no_key_is_free(name):
 def test_a_selection_has_its_own_keys_alone(selection):
     adapter = TypeAdapter(AnyMethod)
     adapter.validate_python(methods.excess_block(selection, "pooled"))
-    foreign = {key for form in methods.EXCESS_FORMS.values() for key in form} | {"head_mode"}
+    foreign = {key for form in methods.EXCESS_FORMS.values() for key in form} | {"head_mode", "scope"}
     for key in foreign - set(methods.excess_block(selection, "pooled")):
         with pytest.raises(ValidationError, match="extra_forbidden"):
             adapter.validate_python({**methods.excess_block(selection, "pooled"), key: 0.5})

@@ -91,7 +91,10 @@ def merged(key, one, other):
 
 def prepared(model, objective, step, token_budget=10**9, size=1):
     step = objective.prepare(step)
-    return train(model, objective, step, [batch for rank in range(size) for batch in share(step, rank, size, token_budget)])
+    batches = [batch for rank in range(size) for batch in share(step, rank, size, token_budget)]
+    if objective.two_pass:
+        batches = objective.weigh_step(model, step, batches, World(0, 1, torch.device("cpu")))
+    return train(model, objective, step, batches)
 
 
 def same(found, expected, tolerance=1e-10):
@@ -200,17 +203,43 @@ def test_gradients_do_not_depend_on_the_split(name, mix, models):
         assert all(torch.allclose(other_sums[key], sums[key], rtol=1e-10, atol=0) for key in sums)
 
 
+@pytest.mark.parametrize("scope", ["sequence", "two_pass"])
 @pytest.mark.parametrize("head_weights", [None, (4.0, 2.0, 1.0, 0.0)])
 @pytest.mark.parametrize(
     "form, mode", [*((form, mode) for form in methods.EXCESS_FORMS for mode in methods.HEAD_MODES), ("softmax_over_heads", None)]
 )
-def test_gradients_of_every_selection_do_not_depend_on_the_split(form, mode, head_weights, models):
+def test_gradients_of_every_selection_do_not_depend_on_the_split(form, mode, head_weights, scope, models):
     model, step = models[F], whole_step("rho1", EQUAL_LENGTHS)
-    work = replace(methods.objective("rho1", values=methods.excess_block(form, mode)), head_weights=head_weights)
+    work = replace(methods.objective("rho1", values=methods.excess_block(form, mode, scope=scope)), head_weights=head_weights)
     _, gradients, sums = prepared(model, work, step, ONE_BY_EIGHT)
     assert float(sums["w"].sum() / sums["n"].sum()) == pytest.approx(1, abs=1e-6)
     _, other, _ = prepared(model, work, step, EIGHT_BY_ONE, 3)
     same(other, gradients)
+
+
+@pytest.mark.parametrize("name", ["rho1", "inverted_k", "dft", "focal", "loss_topk", "entropy_topk"])
+def test_a_two_pass_step_is_the_whole_step_in_one_and_its_weights_are_the_functions(name, models):
+    """Unequal rows, and one row twice: the population is the step, so that rows get unequal shares of it."""
+    model, step, work = models[F], whole_step(name), objective(name, scope="two_pass")
+    step = reordered(step, torch.tensor([0, 1, 2, 3, 4, 5, 6, 0]))
+    _, gradients, sums = prepared(model, work, step)
+    for budget, size in ((60, 1), (30, 3)):
+        other = prepared(model, work, step, budget, size)
+        same(other[1], gradients)
+        assert all(torch.allclose(other[2][key], sums[key], rtol=1e-10, atol=0) for key in sums)
+    ready = work.prepare(step)
+    (batch,) = work.weigh_step(model, ready, [ready], World(0, 1, torch.device("cpu")))
+    targets = align_future(step.tokens_BT.masked_fill(~step.response_BT, -100), F, -100)
+    ce, entropy = model(step.tokens_BT, targets, with_entropy=True)
+    assert torch.equal(batch.weight_BTF, METHODS[name].weigh(vars(step) | {"ce_BTF": ce.detach(), "entropy_BTF": entropy}, work.settings))
+    shares = batch.weight_BTF.sum((1, 2)) / (targets != -100).sum((1, 2))
+    assert float(shares.max() - shares.min()) > 0.02 and not batch.weight_BTF.requires_grad
+
+
+def test_a_faulty_two_pass_weight_is_refused_before_the_second_pass(models):
+    work = PolicyObjective(Faulty("1.1", None, True), {"scope": "two_pass"}, F)
+    with pytest.raises(WeightError, match=r"mean 1\.1"):
+        prepared(models[F], work, whole_step())
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -436,7 +465,7 @@ class Faulty(Method):
 
     def function(self):
         if self.needs_forward:
-            return lambda ce_BTF, signal_BT, response_BT: align_future(float(self.weighting) * response_BT, ce_BTF.shape[2], 0.0)
+            return lambda ce_BTF, signal_BT, response_BT, **_: align_future(float(self.weighting) * response_BT, ce_BTF.shape[2], 0.0)
         return lambda signal_BT, response_BT: float(self.weighting) * response_BT
 
 
@@ -556,7 +585,7 @@ def test_what_is_not_in_a_block_is_read_by_the_methods_that_name_it_alone():
     uniform = made("baseline")
     assert (uniform.method, dict(uniform.settings), uniform.n_future, uniform.mix) == (METHODS["baseline"], {}, 4, 1.0)
     rho1 = made("rho1", n_future=2, mix=0.5, keep_fraction=0.7)
-    assert dict(rho1.settings) == {"selection": "topk", "head_mode": "shared_target", "keep_fraction": 0.7}
+    assert dict(rho1.settings) == {"selection": "topk", "head_mode": "shared_target", "scope": "sequence", "keep_fraction": 0.7}
     assert (rho1.n_future, rho1.mix, rho1.head_weights) == (2, 0.5, None)
     assert dict(made("verifiable", beta=lambda: 0.7).settings) == {**ADVANTAGE, "beta": 0.7}
     assert dict(made("random_k", seed=lambda: 5).settings) == {"keep_fraction": 0.6, "seed": 5}

@@ -72,7 +72,13 @@ def standardised(score):
     return {e: (s - mean) / max(std, 1e-6) for e, s in score.items()}
 
 
-def by_definition(score, form, head_mode):
+def by_definition(score, form, head_mode, rows=None):
+    """A row is a population; with `rows`, their ids, all are one, and of equal scores that of the lower id is better."""
+    if rows is not None:
+        of_row = {(rows[b], i, h): s for (b, i, h), s in score.items()}
+        place = {row: b for b, row in enumerate(rows)}
+        weight = step_by_definition(of_row, form, head_mode)
+        return placed({(place[row], i, h): w for (row, i, h), w in weight.items()})
     weight = {}
     for b in range(len(SPANS)):
         of_head = [{e: s for e, s in score.items() if e[0] == b and e[2] == h} for h in range(F)]
@@ -85,6 +91,41 @@ def by_definition(score, form, head_mode):
             groups = [standardised(group) for group in of_head if group] if head_mode == "per_head_zscore" else of_head
             weight |= weigh({e: s for group in groups for e, s in group.items()}, form)
     return placed(weight)
+
+
+def step_by_definition(score, form, head_mode):
+    of_head = [{e: s for e, s in score.items() if e[2] == h} for h in range(F)]
+    if head_mode == "shared_target":
+        decided = weigh(of_head[0], form)
+        return {e: decided[e[0], e[1], 0] for e in score}
+    if head_mode == "per_head":
+        return {e: w for group in of_head for e, w in weigh(group, form).items()}
+    groups = [standardised(group) for group in of_head] if head_mode == "per_head_zscore" else of_head
+    return weigh({e: s for group in groups for e, s in group.items()}, form)
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(
+    seed=st.integers(0, 10**6), form=st.sampled_from([*EXCESS_FORMS]), head_mode=st.sampled_from(HEAD_MODES), ties=st.booleans(),
+    rows=st.permutations([5, 0, 9, 3, 12, 7]),
+)  # fmt: skip
+def test_excess_weights_of_a_whole_step_equal_the_loops(seed, form, head_mode, ties, rows):
+    ties = ties and head_mode != "per_head_zscore"
+    ce, reference = losses(seed, ties), values_of(seed + 1) * 6
+    reference = reference.round() if ties else reference
+    keys = {"selection": form, "head_mode": head_mode, "scope": "two_pass", **EXCESS_FORMS[form]}
+    close(
+        excess.head_weights(ce, reference, mask(), torch.tensor(rows), **keys), by_definition(scores(ce, reference), form, head_mode, rows)
+    )
+
+
+def test_confidence_weights_of_a_whole_step_have_mean_one_in_each_head():
+    p, rows = {(b, i, h): math.exp(-float(losses(9)[b, i - h - 1, h])) for b, i, h in ENTRIES}, torch.arange(len(SPANS))
+    of_head = [{e: value for e, value in p.items() if e[2] == h} for h in range(F)]
+    expected = placed({e: w for group in of_head for e, w in proportional(group).items()})
+    close(dft.head_weights(losses(9), mask(), rows, scope="two_pass"), expected)
+    inverse = placed({e: w for group in of_head for e, w in proportional({e: 1 - x for e, x in group.items()}).items()})
+    close(focal.head_weights(losses(9), mask(), rows, focusing=1.0, scope="two_pass"), inverse)
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)
@@ -252,3 +293,9 @@ def test_adamtp_by_hand():
     weight = heads.by_target(adamtp_mask.head_weights(entropy, mask(((4, 9),), 11), boundary_fraction=1 / 6))[0]
     assert [(weight[:, h] > 0).nonzero().flatten().tolist() for h in range(3)] == [[4, 5, 6, 7, 8, 9], [4, 5, 6, 8, 9], [4, 5, 6, 9]]
     assert weight[4, 0] == pytest.approx(18 / 15)
+
+
+def test_focal_weights_tell_near_certain_tokens_apart():
+    """1 - p is about the loss itself where p is near 1, far below what 1 - exp(-ce) resolves."""
+    ce = losses(15) * 1e-18
+    close(focal.head_weights(ce, mask(), focusing=1.0), per_head({(b, i, h): float(ce[b, i - h - 1, h]) for b, i, h in ENTRIES}))

@@ -1,4 +1,4 @@
-"""One step of eight rows as 1 x 8, as 4 x 2 and on two ranks gives equal gradients, for every method (METHODS, "Tests", 4)."""
+"""A step of eight rows as 1 x 8, as 4 x 2 and on two ranks gives equal gradients, by every method at every scope (METHODS, "Tests", 4)."""
 
 from datetime import timedelta
 from pathlib import Path
@@ -15,6 +15,8 @@ from wmtp.weighting import METHODS
 from wmtp.world import joined
 
 ALL_ROWS = 10**6
+TWO_PASS = [f"{name} two_pass" for name in ("rho1", "inverted_k", "dft", "focal", "loss_topk", "entropy_topk")]
+CASES = [*METHODS, *TWO_PASS]
 
 
 def eight_rows(data, name):
@@ -22,7 +24,8 @@ def eight_rows(data, name):
     plan = plan_of(data, 8)
     step = plan.step(0)
     step = step.take(torch.tensor([0, 1, 2, 3, 4, 5, 6, 0]).numpy())
-    return step, methods.objective(name, plan.first_pass(), n_future=3)
+    name, *scope = name.split()
+    return step, methods.objective(name, plan.first_pass(), n_future=3, **({"scope": scope[0]} if scope else {}))
 
 
 def two_rows_each(step):
@@ -32,7 +35,7 @@ def two_rows_each(step):
     return budget
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", CASES)
 def test_micro_batches_give_the_gradient_of_the_whole(micro, data, name):
     step, objective = eight_rows(data, name)
     whole = gradient(start_model(micro.bundle), objective, step, budget=ALL_ROWS)
@@ -45,7 +48,7 @@ def on_two_ranks(bundle, processed, out):
     torch.distributed.init_process_group("gloo", timeout=timedelta(seconds=30))
     data, found = TokenData(processed, "policy"), {}
     with joined("cpu") as world:
-        for name in METHODS:
+        for name in CASES:
             step, objective = eight_rows(data, name)
             found[name] = gradient(start_model(Path(bundle)), objective, step, world, two_rows_each(step))
     torch.save(found, f"{out}/{world.rank}.pt")
@@ -61,7 +64,7 @@ def ranks(micro, tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", CASES)
 def test_two_ranks_give_the_gradient_of_one(ranks, micro, data, name):
     step, objective = eight_rows(data, name)
     expected = gradient(start_model(micro.bundle), objective, step, ALONE, budget=ALL_ROWS)

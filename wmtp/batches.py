@@ -19,8 +19,9 @@ from wmtp.tokens import TokenData
 class Batch:
     """Padded rows, shapes as in wmtp.align; padding is token 0, outside `response_BT`. `row_B` numbers rows of the split, -1 for filler.
 
-    `span_B2` holds the token positions [start, end) of a row's known decisive place, -1 where unknown. `notes` are numbers about the
-    step's weights, for the log.
+    `span_B2` holds the token positions [start, end) of a row's known decisive place, -1 where unknown. `place_B` says where
+    in its step a row stands, where weights are made for the whole step after a forward. `notes` are numbers about the step's weights,
+    for the log.
     """
 
     row_B: Tensor
@@ -31,6 +32,8 @@ class Batch:
     is_correct_B: Tensor | None = None
     shortest_prompt: int = 0
     span_B2: Tensor | None = None
+    place_B: Tensor | None = None
+    weight_BTF: Tensor | None = None
     notes: Mapping[str, float] = field(default_factory=dict)
 
     def arrays(self) -> dict[str, Tensor]:

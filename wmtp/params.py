@@ -13,6 +13,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 Positive = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 KeepFraction = Annotated[float, Field(gt=0, le=1, description="share of a sequence's tokens that train")]
+Scope = Annotated[
+    Literal["sequence", "two_pass"],
+    Field(description="population of the weights: each row, or the whole step, by a forward without gradients first"),
+]
 HeadMode = Annotated[
     Literal["shared_target", "per_head", "per_head_zscore", "pooled"], Field(description="whose excess decides: see wmtp.weighting.excess")
 ]
@@ -279,25 +283,34 @@ class BinaryMethod(Method):
     lam: Fraction | Literal["length_adaptive"]
 
 
-class BudgetMethod(Method):
-    """Selections of one score: at random, by the policy's own loss, by its entropy."""
+class RandomBudgetMethod(Method):
+    weighting: Literal["random_k"]
+    keep_fraction: KeepFraction
 
-    weighting: Literal["random_k", "loss_topk", "entropy_topk"]
+
+class OwnBudgetMethod(Method):
+    """Selections by the policy's own loss or entropy."""
+
+    weighting: Literal["loss_topk", "entropy_topk"]
+    scope: Scope
     keep_fraction: KeepFraction
 
 
 class InvertedMethod(Method):
     weighting: Literal["inverted_k"]
     head_mode: HeadMode
+    scope: Scope
     keep_fraction: KeepFraction
 
 
 class DynamicMethod(Method):
     weighting: Literal["dft"]
+    scope: Scope
 
 
 class FocalMethod(Method):
     weighting: Literal["focal"]
+    scope: Scope
     focusing: Annotated[float, Field(ge=0)] = Field(description="exponent g of (1 - p)^g")
 
 
@@ -317,6 +330,7 @@ class ExcessMethod(Method):
     weighting: Literal["excess"]
     selection: Literal["topk", "absolute"]
     head_mode: HeadMode
+    scope: Scope
     keep_fraction: KeepFraction
 
 
@@ -324,6 +338,7 @@ class TokenSkipExcess(Method):
     weighting: Literal["excess"]
     selection: Literal["tokenskip"]
     head_mode: HeadMode
+    scope: Scope
     drop_fraction: Annotated[float, Field(ge=0, lt=1)] = Field(description="share of a sequence's tokens that do not train")
 
 
@@ -331,6 +346,7 @@ class WeightedExcess(Method):
     weighting: Literal["excess"]
     selection: Literal["weighted"]
     head_mode: HeadMode
+    scope: Scope
     temperature: Annotated[float, Field(gt=0)] = Field(description="nats of excess, softmax over tokens")
 
 
@@ -338,6 +354,7 @@ class EmphasisExcess(Method):
     weighting: Literal["excess"]
     selection: Literal["percentile_emphasis"]
     head_mode: HeadMode
+    scope: Scope
     percentile: Fraction = Field(description="share of a sequence's tokens that get no emphasis")
     alpha: Annotated[float, Field(gt=0)] = Field(description="nats of excess that every token has beside its emphasis")
 
@@ -357,7 +374,8 @@ AnyMethod = Annotated[
     | PositionOnlyMethod
     | OracleMethod
     | BinaryMethod
-    | BudgetMethod
+    | RandomBudgetMethod
+    | OwnBudgetMethod
     | InvertedMethod
     | DynamicMethod
     | FocalMethod

@@ -14,6 +14,7 @@ from wmtp.batches import Batch
 from wmtp.scores import Scores
 from wmtp.tokens import TokenData
 from wmtp.weighting import METHODS, Method, array_names, keywords
+from wmtp.world import World
 
 
 class WeightError(ValueError):
@@ -25,7 +26,8 @@ class PolicyObjective:
     """Weighted multi-token cross-entropy. `settings` are the weighting's own keyword arguments; `mix` blends with uniform weights.
 
     `head_weights`, one number a head, scale the heads' losses. They are divided by their mean: every head has the same targets, so the
-    mean weight over all targets stays 1. Where a weighting gives the heads unequal shares, each row is scaled back to mean 1 instead.
+    mean weight over all targets stays 1. Where a weighting gives the heads unequal shares, each row (the step,
+    two_pass) is scaled back to mean 1 instead.
     """
 
     method: Method
@@ -43,7 +45,7 @@ class PolicyObjective:
                 " response tokens; lengthen the prompt or lower n_future"
             )
         if self.method.needs_forward:
-            return step
+            return replace(step, place_B=torch.arange(len(step.row_B))) if self.two_pass else step
         notes: dict[str, float] = {}
         wanted = {"notes": notes} if "notes" in keywords(self.method.function()) else {}
         weight_BT = self.method.weigh(vars(step), {**self.settings, **wanted})
@@ -53,26 +55,43 @@ class PolicyObjective:
         """Targets of the whole step, all heads."""
         return float((future_targets(step.tokens_BT, step.response_BT, self.n_future) != IGNORE).sum())
 
+    @property
+    def two_pass(self) -> bool:
+        return self.settings.get("scope") == "two_pass"
+
+    @torch.no_grad()
+    def weigh_step(self, model: nn.Module, step: Batch, batches: list[Batch], world: World) -> list[Batch]:
+        """This rank's micro-batches with weights whose population is the whole step: a forward without gradients comes first, and the
+        losses of all ranks are put together. Every rank joins and finds the same weights; they are checked at once.
+        """
+        step, needs_entropy = step.to(world.device), self._needs_entropy
+        whole = torch.zeros(1 + needs_entropy, *step.tokens_BT.shape, self.n_future, dtype=torch.float64, device=world.device)
+        for batch in batches:
+            # zip ends where there is no entropy; filler adds its zeros to the first row.
+            for part_BTF, q_BTF in zip(whole, self._forward(model, batch, self._targets(batch), needs_entropy)):
+                part_BTF[batch.place_B, : q_BTF.shape[1]] += q_BTF
+        whole = world.sum(whole)
+        valid_BTF = self._targets(step) != IGNORE
+        weight_BTF = check_weights(self._weigh(step, whole[0], whole[-1], valid_BTF), valid_BTF)
+        own = [(batch, self._targets(batch) != IGNORE) for batch in batches]
+        return [replace(batch, weight_BTF=weight_BTF[batch.place_B, : valid.shape[1]] * valid) for batch, valid in own]
+
     def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Sum of w * ce over this micro-batch, and detached float64 sums for the log, [F] each where they are by head.
 
         Weights that need the forward are checked on the device without waiting for it: `faults` counts what is wrong with them, and a
         fault makes loss and gradient no numbers, so that every rank stops before its optimizer. `check_faults` then tells what it was.
         """
-        targets_BTF = future_targets(batch.tokens_BT, batch.response_BT, self.n_future)
+        targets_BTF = self._targets(batch)
         valid_BTF = targets_BTF != IGNORE
-        first = max(0, batch.shortest_prompt - self.n_future)
-        if not self.method.needs_forward:
-            ce_BTF = model(batch.tokens_BT, targets_BTF, first=first)
-            weight_BTF = self._by_head(align_future(batch.weight_BT, self.n_future, 0.0), valid_BTF)
-            total = (weight_BTF * ce_BTF * valid_BTF).sum()
-            return total, _sums(ce_BTF.detach(), weight_BTF, valid_BTF, batch)
-        if "entropy_BTF" in array_names(self.method.function()):
-            ce_BTF, entropy_BTF = model(batch.tokens_BT, targets_BTF, first=first, with_entropy=True)
-        else:
-            ce_BTF, entropy_BTF = model(batch.tokens_BT, targets_BTF, first=first), None
-        weight_BTF = self.method.weigh(vars(batch) | {"ce_BTF": ce_BTF.detach(), "entropy_BTF": entropy_BTF}, self.settings)
-        weight_BTF = self._by_head(self._mixed(weight_BTF, valid_BTF), valid_BTF)
+        known = not self.method.needs_forward or batch.weight_BTF is not None
+        ce_BTF, entropy_BTF = self._forward(model, batch, targets_BTF, self._needs_entropy and not known)
+        if known:
+            weight_BTF = batch.weight_BTF
+            if weight_BTF is None:
+                weight_BTF = self._by_head(align_future(batch.weight_BT, self.n_future, 0.0), valid_BTF)
+            return (weight_BTF * ce_BTF * valid_BTF).sum(), _sums(ce_BTF.detach(), weight_BTF, valid_BTF, batch)
+        weight_BTF = self._weigh(batch, ce_BTF.detach(), entropy_BTF, valid_BTF)
         faults = _faults(weight_BTF, valid_BTF)
         total = (weight_BTF * ce_BTF * valid_BTF).sum() * torch.where(faults[:3].any(), torch.nan, 1.0)
         return total, _sums(ce_BTF.detach(), weight_BTF, valid_BTF, batch) | {"faults": faults}
@@ -95,6 +114,24 @@ class PolicyObjective:
             **{f"weight_{name.removeprefix('note_')}": float(sums[name]) / n for name in sums if name.startswith("note_")},
         }  # fmt: skip
 
+    @property
+    def _needs_entropy(self) -> bool:
+        return "entropy_BTF" in array_names(self.method.function())
+
+    def _targets(self, batch: Batch) -> Tensor:
+        return future_targets(batch.tokens_BT, batch.response_BT, self.n_future)
+
+    def _forward(self, model: nn.Module, batch: Batch, targets_BTF: Tensor, with_entropy: bool) -> tuple[Tensor, Tensor | None]:
+        """Loss and, where it is asked for, entropy, [B, T, F] each."""
+        first = max(0, batch.shortest_prompt - self.n_future)
+        if with_entropy:
+            return model(batch.tokens_BT, targets_BTF, first=first, with_entropy=True)
+        return model(batch.tokens_BT, targets_BTF, first=first), None
+
+    def _weigh(self, batch: Batch, ce_BTF: Tensor, entropy_BTF: Tensor | None, valid_BTF: Tensor) -> Tensor:
+        weight_BTF = self.method.weigh(vars(batch) | {"ce_BTF": ce_BTF, "entropy_BTF": entropy_BTF}, self.settings)
+        return self._by_head(self._mixed(weight_BTF, valid_BTF), valid_BTF)
+
     def _mixed(self, weight: Tensor, valid: Tensor) -> Tensor:
         return weight if self.mix == 1 else (1 + self.mix * (weight - 1)) * valid
 
@@ -105,8 +142,9 @@ class PolicyObjective:
         # Numbers, not a tensor: a copy to the device would wait for it.
         scaled_BTF = torch.stack([weight_BTF[..., h].double() * (one / mean) for h, one in enumerate(self.head_weights)], dim=2)
         if self.method.needs_forward:
-            n_B11, total_B11 = (part.sum((1, 2), keepdim=True, dtype=torch.float64) for part in (valid_BTF, scaled_BTF))
-            scaled_BTF = scaled_BTF * (n_B11 / total_B11.clamp(min=1e-300))
+            population = (0, 1, 2) if self.two_pass else (1, 2)
+            n, total = (part.sum(population, keepdim=True, dtype=torch.float64) for part in (valid_BTF, scaled_BTF))
+            scaled_BTF = scaled_BTF * (n / total.clamp(min=1e-300))
         return scaled_BTF.to(weight_BTF.dtype)
 
 

@@ -89,6 +89,9 @@ def train_step(
     # DDP and FSDP average gradients over ranks; this turns the average back into the sum.
     scale = world.size / objective.count(step)
     batches = share(step, world.rank, world.size, token_budget)
+    if isinstance(objective, PolicyObjective) and objective.two_pass:
+        with torch.autocast(world.device.type, torch.bfloat16, enabled=mixed):
+            batches = objective.weigh_step(model, step, [batch.to(world.device) for batch in batches], world)
     sums: dict[str, Tensor] = {}
     for number, batch in enumerate(batches):
         with _last_one_synchronises(model, number == len(batches) - 1):

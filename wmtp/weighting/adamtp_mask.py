@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from wmtp.weighting.heads import by_target, pooled, targets
+from wmtp.weighting.heads import by_target, decide, pooled
 from wmtp.weighting.selection import mean_one, select_top
 
 
@@ -18,4 +18,4 @@ def head_weights(entropy_BTF: Tensor, response_BT: Tensor, *, boundary_fraction:
     boundary_BT = select_top(by_target(entropy_BTF[..., :1])[..., 0], response_BT, boundary_fraction)
     passed_BT = boundary_BT.long().cumsum(1)
     before_BTF = torch.stack([torch.nn.functional.pad(passed_BT, (h, 0))[:, :T] for h in range(F)], dim=2)
-    return pooled((passed_BT[..., None] == before_BTF).double(), targets(response_BT, F), mean_one)
+    return decide((passed_BT[..., None] == before_BTF).double(), response_BT, pooled, mean_one)

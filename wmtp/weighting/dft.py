@@ -3,12 +3,14 @@
 import torch
 from torch import Tensor
 
-from wmtp.weighting.heads import mean_one_per_head
+from wmtp.weighting.heads import by_target, decide, separate
+from wmtp.weighting.selection import mean_one
 
 
-def head_weights(ce_BTF: Tensor, response_BT: Tensor) -> Tensor:
-    """Proportional to p = exp(-ce), mean 1 over each row's targets of each head; [B, T, F] float32.
+def head_weights(ce_BTF: Tensor, response_BT: Tensor, row_B: Tensor | None = None, *, scope: str = "sequence") -> Tensor:
+    """Proportional to p = exp(-ce), mean 1 over each row's (the step's, two_pass) targets of each head; [B, T, F] float32.
 
     Mean 1 per head, because a far head is sure of little: over all heads together it would lose nearly all weight.
     """
-    return mean_one_per_head(torch.exp(-ce_BTF.double()), response_BT)
+    u_BTF = by_target(torch.exp(-ce_BTF.double()))
+    return decide(u_BTF, response_BT, separate, mean_one, row_B if scope == "two_pass" else None)

@@ -3,10 +3,14 @@
 import torch
 from torch import Tensor
 
-from wmtp.weighting.heads import mean_one_per_head
+from wmtp.weighting.heads import by_target, decide, separate
+from wmtp.weighting.selection import mean_one
 
 
-def head_weights(ce_BTF: Tensor, response_BT: Tensor, *, focusing: float) -> Tensor:
-    """Proportional to (1 - p)^focusing (usual 0.5 to 5), mean 1 over each row's targets of each head; [B, T, F] float32."""
+def head_weights(ce_BTF: Tensor, response_BT: Tensor, row_B: Tensor | None = None, *, focusing: float, scope: str = "sequence") -> Tensor:
+    """Proportional to (1 - p)^focusing (usual 0.5 to 5); [B, T, F] float32, mean 1 over each row's (the step's, two_pass) targets of
+    each head.
+    """
     # expm1 keeps 1 - p where p is so near 1 that the subtraction would give 0.
-    return mean_one_per_head((-torch.expm1(-ce_BTF.double())).pow(focusing), response_BT)
+    u_BTF = by_target((-torch.expm1(-ce_BTF.double())).pow(focusing))
+    return decide(u_BTF, response_BT, separate, mean_one, row_B if scope == "two_pass" else None)

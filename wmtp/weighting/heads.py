@@ -10,7 +10,11 @@ from torch import Tensor
 from torch.nn import functional
 
 from wmtp.align import align_future
-from wmtp.weighting.selection import mean_one
+
+Weigh = Callable[[Tensor, Tensor], Tensor]
+"""Scores and the mask of their groups (last axis) to weights: see wmtp.weighting.selection."""
+Mode = Callable[[Tensor, Tensor, Weigh], Tensor]
+"""Which scores make a group: `shared`, `separate`, `pooled` or `pooled_zscore`."""
 
 
 def by_target(q_BTF: Tensor) -> Tensor:
@@ -31,26 +35,36 @@ def targets(response_BT: Tensor, n_future: int) -> Tensor:
     return response_BT[..., None] & (place_T[:, None] > head_F)
 
 
-def shared(score_BTF: Tensor, valid_BTF: Tensor, weigh: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-    """Head 0's score of each target token decides, and every head gets its decision; [B, T, F] by position."""
-    return align_future(weigh(score_BTF[..., 0], valid_BTF[..., 0]), score_BTF.shape[2], 0.0)
+def shared(score_BTF: Tensor, valid_BTF: Tensor, weigh: Weigh) -> Tensor:
+    """Head 0's score of each target token decides, and every head gets its decision; [B, T, F] by target."""
+    return weigh(score_BTF[..., 0], valid_BTF[..., 0])[..., None].expand_as(score_BTF)
 
 
-def separate(score_BTF: Tensor, valid_BTF: Tensor, weigh: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-    """Each head decides among its own targets; [B, T, F] by position."""
-    return by_head(weigh(score_BTF.transpose(1, 2), valid_BTF.transpose(1, 2)).transpose(1, 2))
+def separate(score_BTF: Tensor, valid_BTF: Tensor, weigh: Weigh) -> Tensor:
+    """Each head decides among its own targets; [B, T, F] by target."""
+    return weigh(score_BTF.transpose(1, 2), valid_BTF.transpose(1, 2)).transpose(1, 2)
 
 
-def pooled(score_BTF: Tensor, valid_BTF: Tensor, weigh: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-    """All targets of all heads of a row compete; [B, T, F] by position."""
-    B, T, F = score_BTF.shape
+def pooled(score_BTF: Tensor, valid_BTF: Tensor, weigh: Weigh) -> Tensor:
+    """All targets of all heads of a row compete; [B, T, F] by target."""
     # Flattened token by token, so that of equal scores the earlier token's win.
-    return by_head(weigh(score_BTF.reshape(B, T * F), valid_BTF.reshape(B, T * F)).view(B, T, F))
+    return weigh(score_BTF.flatten(1), valid_BTF.flatten(1)).view_as(score_BTF)
 
 
-def mean_one_per_head(u_BTF: Tensor, response_BT: Tensor) -> Tensor:
-    """Non-negative numbers by position and head, scaled to mean 1 over each row's targets of each head."""
-    return separate(by_target(u_BTF), targets(response_BT, u_BTF.shape[2]), mean_one)
+def pooled_zscore(score_BTF: Tensor, valid_BTF: Tensor, weigh: Weigh) -> Tensor:
+    """`pooled`, after each head's scores have been standardised over the row."""
+    return pooled(zscore(score_BTF, valid_BTF), valid_BTF, weigh)
+
+
+def decide(score_BTF: Tensor, response_BT: Tensor, mode: Mode, weigh: Weigh, row_B: Tensor | None = None) -> Tensor:
+    """Weights [B, T, F] by position, from scores by target. `row_B` makes one population of all rows, in the order of their ids."""
+    valid_BTF = targets(response_BT, score_BTF.shape[2])
+    if row_B is None:
+        return by_head(mode(score_BTF, valid_BTF, weigh))
+    order_B = row_B.argsort(stable=True)
+    one = [q_BTF[order_B].flatten(0, 1)[None] for q_BTF in (score_BTF, valid_BTF)]
+    ordered_BTF = mode(*one, weigh).reshape(score_BTF.shape)
+    return by_head(torch.empty_like(ordered_BTF).index_copy_(0, order_B, ordered_BTF))
 
 
 def zscore(score_BTF: Tensor, valid_BTF: Tensor) -> Tensor:

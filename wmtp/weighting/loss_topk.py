@@ -4,10 +4,15 @@ from functools import partial
 
 from torch import Tensor
 
-from wmtp.weighting.heads import by_target, shared, targets
+from wmtp.weighting.heads import by_target, decide, shared
 from wmtp.weighting.selection import topk
 
 
-def head_weights(ce_BTF: Tensor, response_BT: Tensor, *, keep_fraction: float) -> Tensor:
-    """N / m on the m = ceil(keep_fraction * N) response tokens of each row that head 0 has the highest loss on, for every head."""
-    return shared(by_target(ce_BTF), targets(response_BT, ce_BTF.shape[2]), partial(topk, keep_fraction=keep_fraction))
+def head_weights(
+    ce_BTF: Tensor, response_BT: Tensor, row_B: Tensor | None = None, *, keep_fraction: float, scope: str = "sequence"
+) -> Tensor:
+    """N / m on the m = ceil(keep_fraction * N) response tokens of each row (of the step, two_pass) that head 0 has the highest loss on,
+    for every head; [B, T, F] float32.
+    """
+    weigh = partial(topk, keep_fraction=keep_fraction)
+    return decide(by_target(ce_BTF), response_BT, shared, weigh, row_B if scope == "two_pass" else None)
