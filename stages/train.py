@@ -27,7 +27,8 @@ def work(params: Any, track: Any, method: str, start: str, processed: str, signa
         data = TokenData(processed, "policy")
         check_same_tokenizer(data.tokenizer_sha256, start, "policy.start")
         model = load_bundle(start, n_future=settings.n_future, dtype=torch.float32, device=world.device)
-        signal_of, inputs = policy_signal(method, signal, data, lambda: params.critic.gate.train_anyway)
+        credit = getattr(settings, "terminal_credit", False)
+        signal_of, inputs = policy_signal(method, signal, data, lambda: params.critic.gate.train_anyway, credit)
         plan = train.Plan(
             data, data.correct_rows(), training.batch_rows, training.n_epochs, training.learning_rate, training.seed, signal_of,
             training.log_every, params.run.checkpoint_every,

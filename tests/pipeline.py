@@ -63,7 +63,7 @@ def cloned(source: Path, folder: Path) -> Path:
     """A clone of `source` with its results, over the same cache."""
     run(ROOT, "git", "clone", "-q", str(source), str(folder))
     run(folder, "dvc", "cache", "dir", "--local", run(source, "dvc", "cache", "dir").stdout.strip())
-    run(folder, "dvc", "checkout", "-q")
+    run(folder, "dvc", "checkout", "-q", "dvc.yaml")
     return folder
 
 
@@ -78,4 +78,4 @@ def after(*methods: str) -> set[str]:
 
 def restored(folder: Path) -> None:
     run(folder, "git", "checkout", "-q", "--", ".")
-    run(folder, "dvc", "checkout", "-q")
+    run(folder, "dvc", "checkout", "-q", "dvc.yaml")

@@ -162,11 +162,11 @@ def test_uniform_is_one_on_the_response_and_zero_elsewhere():
 
 
 def weights(values, response=None, **changes):
-    return token_weights(values, mask() if response is None else response, **{**DEFAULTS, **changes})
+    return token_weights(values, mask() if response is None else response, rewards() > 0, **{**DEFAULTS, **changes})
 
 
-def weights_by_definition(values, lam, beta=0.9, gamma=1.0, sigma_floor=0.01, z_clip=5.0, lo=0.1, hi=5.0):
-    advantage = by_definition(values, rewards(), SPANS, gamma, lam, terminal=False)[0]
+def weights_by_definition(values, lam, beta=0.9, gamma=1.0, sigma_floor=0.01, z_clip=5.0, lo=0.1, hi=5.0, terminal=False):
+    advantage = by_definition(values, rewards(), SPANS, gamma, lam, terminal=terminal)[0]
     places = [(b, i) for b, (P, L) in enumerate(SPANS) for i in range(P, L + 1)]
     A = [float(advantage[place]) for place in places]
     mu = mean_of(A)
@@ -184,6 +184,16 @@ def test_advantage_weights_equal_the_loops(seed, lam, beta, gamma, z_clip):
     values = values_of(seed)
     found = weights(values, lam=lam, beta=beta, gamma=gamma, z_clip=z_clip, concentration_floor=0.0)
     close(found, weights_by_definition(values, lam, beta, gamma, z_clip=z_clip), 1e-6)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_terminal_credit_pays_the_reward_at_the_last_token(seed):
+    values = values_of(seed)
+    found = weights(values, terminal_credit=True, concentration_floor=0.0)
+    close(found, weights_by_definition(values, 0.95, terminal=True), 1e-6)
+    assert not torch.allclose(found, weights(values, concentration_floor=0.0))
+    with pytest.raises(ValueError, match="terminal_credit needs reward_B"):
+        token_weights(values, mask(), **{**DEFAULTS, "terminal_credit": True})
 
 
 @pytest.mark.parametrize("lam", [0.0, 0.95, 1.0, "length_adaptive"])

@@ -191,7 +191,7 @@ def weigh(name, order=None, padding=0, content=0.0, seed=3):
     for b, (P, L) in enumerate(SPANS):
         values[b, : P - 1], values[b, L:] = content, content
     arrays = {
-        "signal_BT": pad(values[order], (0, padding), value=content), "response_BT": pad(mask()[order], (0, padding)), "row_B": ROWS[order],
+        "signal_BT": pad(values[order], (0, padding), value=content), "response_BT": pad(mask()[order], (0, padding)), "row_B": ROWS[order], "is_correct_B": ROWS[order] > 0,
         "span_B2": torch.tensor([(P, P + 2) for P, _ in SPANS])[order],
     }  # fmt: skip
     own = dict(OWN.get(name, {}))
@@ -230,7 +230,7 @@ def test_random_controls_follow_their_key(name):
 @pytest.mark.parametrize("name", ["shuffled", "random_k"])
 def test_a_row_that_comes_twice_in_a_step_draws_the_same_twice(name):
     response, values, rows = mask()[[0, 0, 2]], values_of(7)[[0, 0, 2]], ROWS[[0, 0, 2]]
-    arrays = {"signal_BT": values, "response_BT": response, "row_B": rows}
+    arrays = {"signal_BT": values, "response_BT": response, "row_B": rows, "is_correct_B": rows > 0}
     settings = {**SETTINGS, "seed": 1} if name == "shuffled" else {"keep_fraction": 0.6, "seed": 1}
     w = METHODS[name].weigh(arrays, settings)
     assert torch.equal(w[0], w[1])
@@ -260,7 +260,13 @@ def test_bounded_controls_note_their_bounds(name):
     function, notes = METHODS[name].function(), {}
     settings = {"verifiable": SETTINGS, "oracle": {**BOUNDS, "emphasis": 1e6}}.get(name, SETTINGS)
     extra = {"shuffled": {"seed": 1}, "random_matched": {"seed": 1}, "position_only": {"fitted": FITTED, "n_bins": 5}}.get(name, {})
-    arrays = {"signal_BT": values_of(0), "response_BT": mask(), "row_B": ROWS, "span_B2": torch.tensor([(P, P + 1) for P, _ in SPANS])}
+    arrays = {
+        "signal_BT": values_of(0),
+        "response_BT": mask(),
+        "row_B": ROWS,
+        "is_correct_B": ROWS > 0,
+        "span_B2": torch.tensor([(P, P + 1) for P, _ in SPANS]),
+    }
     w = function(*(arrays[key] for key in array_names(function)), **settings, **extra, notes=notes)
     assert notes["at_clip_max"] == pytest.approx(float((w[mask()] >= 5 - 1e-6).double().mean()))
     assert notes["at_clip_min"] == pytest.approx(float((w[mask()] <= 0.1 + 1e-7).double().mean()))

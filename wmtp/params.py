@@ -263,6 +263,7 @@ class AdvantageMethod(Method):
     weight_clip_min: Annotated[float, Field(ge=0, lt=1)]
     weight_clip_max: Annotated[float, Field(gt=1)]
     concentration_floor: Fraction = Field(description="least exp(entropy) / N of the weights; below it beta is raised")
+    terminal_credit: bool = Field(description="pay R - v at the last token too; a critic that knows nothing then weighs it most")
 
 
 class PositionOnlyMethod(AdvantageMethod):

@@ -172,7 +172,7 @@ def policy_objective(
 
 
 def policy_signal(
-    name: str, path: str, data: TokenData, train_anyway: Callable[[], bool]
+    name: str, path: str, data: TokenData, train_anyway: Callable[[], bool], terminal_credit: bool = False
 ) -> tuple[Callable[[int], np.ndarray] | None, dict[str, str]]:
     """The method's cached signal by row and the hashes that it adds to the run's inputs; a critic that failed its gate is refused.
 
@@ -185,6 +185,11 @@ def policy_signal(
     if METHODS[name].signal == "critic" and not scores.gate_passed and not train_anyway():
         raise WeightError(
             f"{path}: its critic failed the quality gate (see metrics/critic.json); train it longer, or set critic.gate.train_anyway: true"
+        )
+    if terminal_credit and scores.unit != "probability":
+        raise WeightError(
+            f"methods.{name}.terminal_credit pays a reward of 0 or 1, but {path} holds values in units of {scores.unit}, of which only"
+            " differences mean anything; set it to false, or train the critic with another loss than pairwise"
         )
     return scores.row, {"signal": scores.sha256}
 

@@ -17,6 +17,7 @@ _BETA_BISECTIONS = 40
 def token_weights(
     signal_BT: Tensor,
     response_BT: Tensor,
+    is_correct_B: Tensor | None = None,
     *,
     beta: float,
     gamma: float,
@@ -26,6 +27,7 @@ def token_weights(
     weight_clip_min: float,
     weight_clip_max: float,
     concentration_floor: float,
+    terminal_credit: bool = False,
     notes: dict[str, float] | None = None,
 ) -> Tensor:
     """Weights [B, T] float32 with mean 1 over the response tokens of all B rows, which are a whole optimizer step over all ranks.
@@ -33,9 +35,10 @@ def token_weights(
     `signal_BT` are the critic's values by state (probabilities of passing, 0..1); only their differences enter. `beta` is the
     temperature (usual 0.3 to 1; towards infinity: uniform). `sigma_floor` keeps a dead critic from being whitened into confident
     weights. When the weights' concentration falls below its floor, beta is raised by bisection until it holds. `notes` takes the beta
-    that was used and the shares of tokens at either bound.
+    that was used and the shares of tokens at either bound. `terminal_credit` pays `is_correct_B` as the reward at the last token.
     """
-    advantage_BT = policy_advantage(signal_BT.detach().double(), response_BT, gamma, row_lam(lam, response_BT))
+    reward_B = is_correct_B.double() if terminal_credit and is_correct_B is not None else None
+    advantage_BT = policy_advantage(signal_BT.detach().double(), response_BT, gamma, row_lam(lam, response_BT), terminal_credit, reward_B)
     z_BT = standardise(advantage_BT, response_BT, sigma_floor).clamp(-z_clip, z_clip)
 
     def weights(temperature: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ def fit(steps: Iterable[Mapping[str, Tensor]], *, beta: float, n_bins: int, **se
     total, n = torch.zeros(n_bins, dtype=torch.float64), torch.zeros(n_bins, dtype=torch.float64)
     for step in steps:
         response_BT = step["response_BT"]
-        weight_BT = advantage.token_weights(step["signal_BT"], response_BT, beta=beta, **settings)
+        weight_BT = advantage.token_weights(step["signal_BT"], response_BT, step.get("is_correct_B"), beta=beta, **settings)
         bins = relative_bin(response_BT, n_bins)[response_BT]
         total.index_add_(0, bins, weight_BT[response_BT].double())
         n.index_add_(0, bins, torch.ones_like(bins, dtype=torch.float64))

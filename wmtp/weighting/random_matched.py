@@ -13,6 +13,7 @@ def token_weights(
     signal_BT: Tensor,
     response_BT: Tensor,
     row_B: Tensor,
+    is_correct_B: Tensor | None = None,
     *,
     beta: float,
     seed: int,
@@ -23,7 +24,7 @@ def token_weights(
 ) -> Tensor:
     """Weights [B, T] drawn with replacement from the step's pooled critic weights by (seed, row id), then projected as those were."""
     bounds = {"weight_clip_min": weight_clip_min, "weight_clip_max": weight_clip_max}
-    critic_BT = advantage.token_weights(signal_BT, response_BT, beta=beta, notes=notes, **bounds, **settings)
+    critic_BT = advantage.token_weights(signal_BT, response_BT, is_correct_B, beta=beta, notes=notes, **bounds, **settings)
     # Sorted, so that a draw is a quantile of the step's weights and does not depend on the order of its rows.
     pool = critic_BT[response_BT].double().sort().values
     drawn_BT = noise.uniform(seed, row_B, response_BT.shape[1])

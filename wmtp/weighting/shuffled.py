@@ -10,10 +10,18 @@ from wmtp.weighting import advantage
 
 
 def token_weights(
-    signal_BT: Tensor, response_BT: Tensor, row_B: Tensor, *, beta: float, seed: int, notes: dict[str, float] | None = None, **settings: Any
+    signal_BT: Tensor,
+    response_BT: Tensor,
+    row_B: Tensor,
+    is_correct_B: Tensor | None = None,
+    *,
+    beta: float,
+    seed: int,
+    notes: dict[str, float] | None = None,
+    **settings: Any,
 ) -> Tensor:
     """wmtp.weighting.advantage's final weights [B, T] permuted within each row over its response tokens, by (seed, row id)."""
-    weight_BT = advantage.token_weights(signal_BT, response_BT, beta=beta, notes=notes, **settings)
+    weight_BT = advantage.token_weights(signal_BT, response_BT, is_correct_B, beta=beta, notes=notes, **settings)
     drawn_BT = noise.uniform(seed, row_B, response_BT.shape[1]).masked_fill(~response_BT, torch.inf)
     # Both orders put a row's response tokens first: one at random, one as they stand.
     source_BT, place_BT = drawn_BT.argsort(dim=1, stable=True), (~response_BT).int().argsort(dim=1, stable=True)
