@@ -137,14 +137,6 @@ def test_a_rows_signal_weight_and_label_go_with_it():
         assert batch.is_correct_B.tolist() == [row % 2 == 0] and batch.span_B2.tolist() == [[row, row + 1]]
 
 
-def test_a_narrow_table_of_spans_is_not_cut_to_the_rows_length():
-    """Two columns are no positions: a row of one token keeps both, filler has both."""
-    data = rows_of([2, 7], [1, 3])
-    batches = share(collate(data, np.array([0, 1])), 0, 1, 1)
-    assert {tuple(batch.tokens_BT.shape): batch.span_B2.tolist() for batch in batches} == {(1, 7): [[1, 2]], (1, 2): [[0, 1]]}
-    assert fillers()[1][0].span_B2.shape == (1, 2)
-
-
 def fillers(with_signal=False):
     """One row for three ranks: two of them get nothing but filler."""
     data = rows_of([12], [4])

@@ -2,13 +2,15 @@
 
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from tests import methods
 from tests.conftest import run_ranks
-from tests.test_train import ALONE, assert_equal_gradients, gradient, plan_of, start_model
+from tests.test_train import ALONE, OPTIMIZER, assert_equal_gradients, gradient, plan_of, start_model
+from wmtp import train
 from wmtp.batches import share
 from wmtp.tokens import TokenData
 from wmtp.weighting import METHODS
@@ -40,6 +42,15 @@ def test_micro_batches_give_the_gradient_of_the_whole(micro, data, name):
     step, objective = eight_rows(data, name)
     whole = gradient(start_model(micro.bundle), objective, step, budget=ALL_ROWS)
     assert_equal_gradients(gradient(start_model(micro.bundle), objective, step, budget=two_rows_each(step)), whole, 1e-10)
+
+
+def test_the_log_is_the_same_however_a_step_is_split(micro, data):
+    """Minima and maxima over micro-batches are not sums."""
+    plan, found = plan_of(data, 8, units=data.correct_rows()[:8]), []
+    for budget in (ALL_ROWS, 1):
+        settings = SimpleNamespace(**{**vars(OPTIMIZER), "micro_batch_tokens": budget})
+        found.append(train.fit(start_model(micro.bundle), methods.objective("dft", n_future=3), plan, settings, ALONE)[0])
+    assert found[1] == pytest.approx(found[0], rel=1e-6) and found[0]["weight_max"] > 1.1 > 0.9 > found[0]["weight_min"]
 
 
 def on_two_ranks(bundle, processed, out):

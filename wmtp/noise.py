@@ -15,6 +15,5 @@ def mix(z: Tensor) -> Tensor:
 def uniform(seed: int, row_B: Tensor, length: int) -> Tensor:
     """Numbers in [0, 1), float64 [B, length]: entry [b, i] depends on (seed, row_B[b], i) alone, so padding and batching change none."""
     seed_key = mix(torch.tensor(seed, dtype=torch.int64, device=row_B.device))
-    key_B = mix(seed_key + row_B * -7046029254386353131)
-    counter = key_B[:, None] + torch.arange(length, device=row_B.device) * 0x2545F4914F6CDD1D
+    counter = seed_key + row_B[:, None] * -7046029254386353131 + torch.arange(length, device=row_B.device) * 0x2545F4914F6CDD1D
     return ((mix(mix(counter)) >> 11) & 0x1FFFFFFFFFFFFF).double() * 2.0**-53
