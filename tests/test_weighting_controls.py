@@ -191,7 +191,8 @@ def weigh(name, order=None, padding=0, content=0.0, seed=3):
     for b, (P, L) in enumerate(SPANS):
         values[b, : P - 1], values[b, L:] = content, content
     arrays = {
-        "signal_BT": pad(values[order], (0, padding), value=content), "response_BT": pad(mask()[order], (0, padding)), "row_B": ROWS[order], "is_correct_B": ROWS[order] > 0,
+        "signal_BT": pad(values[order], (0, padding), value=content), "response_BT": pad(mask()[order], (0, padding)), "row_B": ROWS[order],
+        "is_correct_B": ROWS[order] > 0,
         "span_B2": torch.tensor([(P, P + 2) for P, _ in SPANS])[order],
     }  # fmt: skip
     own = dict(OWN.get(name, {}))
