@@ -4,6 +4,7 @@ from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -19,13 +20,14 @@ from wmtp.world import joined
 ALL_ROWS = 10**6
 TWO_PASS = [f"{name} two_pass" for name in ("rho1", "inverted_k", "dft", "focal", "loss_topk", "entropy_topk")]
 CASES = [*METHODS, *TWO_PASS]
+SHARDED = ["shuffled", "entropy_topk", "rho1 two_pass", "entropy_topk two_pass"]
 
 
 def eight_rows(data, name):
     """A step of eight rows, one of them twice as at the border of two passes, and the method fitted to the split."""
     plan = plan_of(data, 8)
     step = plan.step(0)
-    step = step.take(torch.tensor([0, 1, 2, 3, 4, 5, 6, 0]).numpy())
+    step = step.take(np.array([0, 1, 2, 3, 4, 5, 6, 0]))
     name, *scope = name.split()
     return step, methods.objective(name, plan.first_pass(), n_future=3, **({"scope": scope[0]} if scope else {}))
 
@@ -56,12 +58,16 @@ def test_the_log_is_the_same_however_a_step_is_split(micro, data):
 def on_two_ranks(bundle, processed, out):
     torch.set_num_threads(1)
     # A wait for a rank that never comes must end within the test.
-    torch.distributed.init_process_group("gloo", timeout=timedelta(seconds=30))
+    torch.distributed.init_process_group("gloo", timeout=timedelta(seconds=60))
     data, found = TokenData(processed, "policy"), {}
     with joined("cpu") as world:
         for name in CASES:
             step, objective = eight_rows(data, name)
             found[name] = gradient(start_model(Path(bundle)), objective, step, world, two_rows_each(step))
+        for name in SHARDED:
+            step, objective = eight_rows(data, name)
+            found[name, "fsdp"] = gradient(start_model(Path(bundle)), objective, step, world, two_rows_each(step), "fsdp")
+            found[name, "one row"] = gradient(start_model(Path(bundle)), objective, step.take(np.array([3])), world, ALL_ROWS)
     torch.save(found, f"{out}/{world.rank}.pt")
 
 
@@ -69,7 +75,7 @@ def on_two_ranks(bundle, processed, out):
 def ranks(micro, tmp_path_factory):
     """What two real ranks found."""
     out = tmp_path_factory.mktemp("ranks")
-    ends = run_ranks("tests.test_weighting_split", "on_two_ranks", micro.bundle, micro.processed, out, seconds=120)
+    ends = run_ranks("tests.test_weighting_split", "on_two_ranks", micro.bundle, micro.processed, out)
     assert [code for code, _ in ends] == [0, 0], "\n".join(error[-3000:] for _, error in ends)
     return [torch.load(out / f"{rank}.pt") for rank in (0, 1)]
 
@@ -81,3 +87,13 @@ def test_two_ranks_give_the_gradient_of_one(ranks, micro, data, name):
     expected = gradient(start_model(micro.bundle), objective, step, ALONE, budget=ALL_ROWS)
     for found in ranks:
         assert_equal_gradients(found[name], expected, 1e-10)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SHARDED)
+def test_sharded_ranks_and_a_rank_without_a_row_give_the_gradient_of_one(ranks, micro, data, name):
+    step, objective = eight_rows(data, name)
+    for key, rows in (((name, "fsdp"), step), ((name, "one row"), step.take(np.array([3])))):
+        expected = gradient(start_model(micro.bundle), objective, rows, ALONE, budget=ALL_ROWS)
+        for found in ranks:
+            assert_equal_gradients(found[key], expected, 1e-10)
