@@ -414,6 +414,15 @@ class Study(Section):
     seeds: list[Annotated[int, Field(ge=0)]] = Field(description="training seeds; six at least for an exact test to reach p < 0.05")
     n_samples: Annotated[int, Field(ge=1)] = Field(description="sampled completions a problem, beside one greedy")
 
+    @model_validator(mode="after")
+    def _compares(self) -> "Study":
+        for key, values, least in (("arms", self.arms, 2), ("seeds", self.seeds, 2)):
+            if len(set(values)) != len(values) or len(values) < least:
+                raise ValueError(f"{key} {values}: expected {least} at least, each once")
+        if "baseline" not in self.arms:
+            raise ValueError(f"arms {self.arms}: expected baseline among them, with which all others are compared")
+        return self
+
 
 class Report(Section):
     method: str = Field(description="whose metrics become metrics/selected.json")

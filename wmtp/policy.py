@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from wmtp.align import IGNORE, align_future, future_targets
 from wmtp.batches import Batch
@@ -110,6 +111,7 @@ class PolicyObjective:
             "weight_ess": w * w / (n * w2), "weight_concentration": float(concentration),
             "weight_selected": float(sums["selected"].sum()) / n,
             **{f"weight_selected_head{h}": float(sums["selected"][h] / n_F[h]) for h in heads},
+            "weight_at_end": float(sums["w_end"] / sums["n_end"].clamp(min=1)),
             "weight_on_incorrect": float(sums["w_incorrect"].sum()) / w,
             **{f"weight_{name.removeprefix('note_')}": float(sums[name]) / n for name in sums if name.startswith("note_")},
         }  # fmt: skip
@@ -171,6 +173,9 @@ def policy_objective(
     return PolicyObjective(method, arguments, settings.n_future, settings.mix, head_weights)
 
 
+UNITS = {"critic": ("probability", "logit"), "reference": ("nats",)}
+
+
 def policy_signal(
     name: str, path: str, data: TokenData, train_anyway: Callable[[], bool], terminal_credit: bool = False
 ) -> tuple[Callable[[int], np.ndarray] | None, dict[str, str]]:
@@ -182,6 +187,10 @@ def policy_signal(
         return None, {}
     path = str(Path(path) / f"{METHODS[name].signal}.safetensors") if Path(path).is_dir() else path
     scores = Scores(path, data)
+    if scores.unit not in UNITS[METHODS[name].signal]:
+        raise WeightError(
+            f"{path}: scores in units of {scores.unit}, expected {' or '.join(UNITS[METHODS[name].signal])}: another signal's file"
+        )
     if METHODS[name].signal == "critic" and not scores.gate_passed and not train_anyway():
         raise WeightError(
             f"{path}: its critic failed the quality gate (see metrics/critic.json); train it longer, or set critic.gate.train_anyway: true"
@@ -198,6 +207,12 @@ def check_weights(weight_BT: Tensor, valid_BT: Tensor) -> Tensor:
     """The weights themselves, or a WeightError; the step is still on the CPU, so nothing waits for a device."""
     check_faults(_faults(weight_BT, valid_BT))
     return weight_BT
+
+
+def check_reached(w: float, n: float) -> None:
+    """A WeightError unless the weights that met the losses of a whole step, over all ranks, have mean 1 over its `n` targets."""
+    if not abs(w / max(n, 1.0) - 1) <= 1e-4:
+        raise WeightError(f"the weights that reached the loss have mean {w / max(n, 1.0):.6f} over {n:.0f} targets, expected 1")
 
 
 def check_faults(faults: Tensor) -> None:
@@ -222,9 +237,12 @@ def _sums(ce_BTF: Tensor, weight_BTF: Tensor, valid_BTF: Tensor, batch: Batch) -
     ce, w = ce_BTF.double(), weight_BTF.double() * valid_BTF
     n_F, incorrect_B11 = valid_BTF.sum((0, 1)).double(), ~batch.is_correct_B[:, None, None]
     nowhere = torch.where(valid_BTF, 0.0, -torch.inf)
+    last_BT = batch.response_BT & ~functional.pad(batch.response_BT[:, 1:], (0, 1), value=False)
+    end_BTF = align_future(last_BT.double(), valid_BTF.shape[2], 0.0)
     sums = {
         "n": n_F, "ce": ce.sum((0, 1)), "wce": (w * ce).sum((0, 1)), "w": w.sum((0, 1)), "w2": w.square().sum((0, 1)),
         "wlogw": torch.xlogy(w, w).sum((0, 1)), "selected": (w > 0).sum((0, 1)).double(), "w_incorrect": (w * incorrect_B11).sum((0, 1)),
+        "n_end": end_BTF.sum(), "w_end": (w * end_BTF).sum(),
         "max_w": (nowhere + w).amax((0, 1)), "max_negative_w": (nowhere - w).amax((0, 1)),
     }  # fmt: skip
     return sums | {f"note_{name}": n_F.sum() * value for name, value in batch.notes.items()}
