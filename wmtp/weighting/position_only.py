@@ -52,5 +52,5 @@ def relative_bin(response_BT: Tensor, n_bins: int) -> Tensor:
     The last token, the end of text, has a part of its own: its advantage is 0 by construction, whatever stands before it.
     """
     place_BT = (response_BT.long().cumsum(1) - 1) * response_BT
-    last_B1 = (response_BT.sum(1, keepdim=True) - 1).clamp(min=1)
-    return torch.where(place_BT < last_B1, (place_BT * n_bins // last_B1).clamp(max=n_bins - 1), n_bins * response_BT)
+    last_B1 = response_BT.sum(1, keepdim=True) - 1
+    return torch.where(place_BT < last_B1, place_BT * n_bins // last_B1.clamp(min=1), n_bins * response_BT)
