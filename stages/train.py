@@ -10,11 +10,11 @@ from typing import Any
 import torch
 
 from stages import run
-from wmtp import train
+from wmtp import critic, train
 from wmtp.bundle import bundle_sha256
 from wmtp.checkpoint import save_model
 from wmtp.model import load_bundle
-from wmtp.policy import policy_objective, policy_signal
+from wmtp.policy import policy_objective, policy_signal, reads_pairs
 from wmtp.records import write_text
 from wmtp.tokens import TokenData, check_same_tokenizer
 from wmtp.world import joined
@@ -29,8 +29,9 @@ def work(params: Any, track: Any, method: str, start: str, processed: str, signa
         model = load_bundle(start, n_future=settings.n_future, dtype=torch.float32, device=world.device)
         credit = getattr(settings, "terminal_credit", False)
         signal_of, inputs = policy_signal(method, signal, data, lambda: params.critic.gate.train_anyway, credit)
+        units = critic.pairs(data) if reads_pairs(settings) else data.correct_rows()
         plan = train.Plan(
-            data, data.correct_rows(), training.batch_rows, training.n_epochs, training.learning_rate, training.seed, signal_of,
+            data, units, training.batch_rows // units.ndim, training.n_epochs, training.learning_rate, training.seed, signal_of,
             training.log_every, params.run.checkpoint_every,
         )  # fmt: skip
         objective = policy_objective(method, settings, lambda: training.beta, lambda: training.seed, plan.first_pass)

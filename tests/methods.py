@@ -9,7 +9,11 @@ from wmtp.policy import PolicyObjective, policy_objective
 from wmtp.weighting import METHODS
 
 BOUNDS = {"weight_clip_min": 0.1, "weight_clip_max": 5.0}
-PIPELINE = {"gamma": 1.0, "lam": 0.95, "sigma_floor": 0.01, "z_clip": 5.0, **BOUNDS, "concentration_floor": 0.3, "terminal_credit": False}
+PIPELINE = {
+    "policy_on_incorrect": "value_only", "gamma": 1.0, "lam": 0.95, "sigma_floor": 0.01, "z_clip": 5.0, **BOUNDS,
+    "concentration_floor": 0.3, "terminal_credit": False,
+}  # fmt: skip
+BINARY = {"policy_on_incorrect": "binary", "gamma": 1.0, "lam": 0.95, "terminal_credit": False}
 OWN: dict[str, dict[str, Any]] = {
     "verifiable": PIPELINE,
     "rho1": {"selection": "topk", "head_mode": "shared_target", "scope": "sequence", "keep_fraction": 0.6},

@@ -256,6 +256,9 @@ class AdvantageMethod(Method):
     """The critic's weights, and the controls that go through the same pipeline."""
 
     weighting: Literal["advantage", "shuffled", "constant_critic", "random_matched"]
+    policy_on_incorrect: Literal["value_only", "weighted"] = Field(
+        description="value_only: correct programs alone; weighted: pairs of a correct and an incorrect one, weighed alike"
+    )
     gamma: Annotated[float, Field(gt=0, le=1)]
     lam: Fraction | Literal["length_adaptive"]
     sigma_floor: Annotated[float, Field(gt=0)] = Field(description="least standard deviation that an advantage is divided by")
@@ -264,6 +267,16 @@ class AdvantageMethod(Method):
     weight_clip_max: Annotated[float, Field(gt=1)]
     concentration_floor: Fraction = Field(description="least exp(entropy) / N of the weights; below it beta is raised")
     terminal_credit: bool = Field(description="pay R - v at the last token too; a critic that knows nothing then weighs it most")
+
+
+class PositiveAdvantageMethod(Method):
+    """1[A > 0] on pairs of a correct and an incorrect program."""
+
+    weighting: Literal["advantage", "shuffled"]
+    policy_on_incorrect: Literal["binary"]
+    gamma: Annotated[float, Field(gt=0, le=1)]
+    lam: Fraction | Literal["length_adaptive"]
+    terminal_credit: bool = Field(description="pay R - v at the last token too")
 
 
 class PositionOnlyMethod(AdvantageMethod):
@@ -369,9 +382,10 @@ class SoftmaxOverHeadsExcess(Method):
 AnyExcess = Annotated[
     ExcessMethod | TokenSkipExcess | WeightedExcess | EmphasisExcess | SoftmaxOverHeadsExcess, Field(discriminator="selection")
 ]
+AnyAdvantage = Annotated[AdvantageMethod | PositiveAdvantageMethod, Field(discriminator="policy_on_incorrect")]
 AnyMethod = Annotated[
     UniformMethod
-    | AdvantageMethod
+    | AnyAdvantage
     | PositionOnlyMethod
     | OracleMethod
     | BinaryMethod
@@ -448,6 +462,16 @@ class Params(Section):
     def _report_names_a_method(self) -> "Params":
         if self.report.method not in self.methods:
             raise ValueError(f"report.method {self.report.method!r} is none of methods: {', '.join(self.methods)}")
+        return self
+
+    @model_validator(mode="after")
+    def _whole_pairs(self) -> "Params":
+        for name, block in self.methods.items():
+            if self.training.batch_rows % 2 and getattr(block, "policy_on_incorrect", "value_only") != "value_only":
+                raise ValueError(
+                    f"training.batch_rows {self.training.batch_rows} is odd, but methods.{name}.policy_on_incorrect"
+                    f" {block.policy_on_incorrect} trains on pairs of one correct and one incorrect row"
+                )
         return self
 
     @model_validator(mode="after")

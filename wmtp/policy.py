@@ -171,6 +171,11 @@ def policy_objective(
     return PolicyObjective(method, arguments, settings.n_future, settings.mix, head_weights)
 
 
+def reads_pairs(settings: Any) -> bool:
+    """Whether a method's policy reads pairs of a correct and an incorrect program (wmtp.critic.pairs), or correct programs alone."""
+    return getattr(settings, "policy_on_incorrect", "value_only") != "value_only"
+
+
 def policy_signal(
     name: str, path: str, data: TokenData, train_anyway: Callable[[], bool], terminal_credit: bool = False
 ) -> tuple[Callable[[int], np.ndarray] | None, dict[str, str]]:

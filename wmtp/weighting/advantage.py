@@ -4,6 +4,7 @@ The critic's values are out of fold and cached, so the weights of a whole optimi
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,33 +23,63 @@ def token_weights(
     beta: float,
     gamma: float,
     lam: float | str,
+    terminal_credit: bool = False,
+    policy_on_incorrect: str = "value_only",
+    notes: dict[str, float] | None = None,
+    **exponential: Any,
+) -> Tensor:
+    """Weights [B, T] float32 with mean 1 over the response tokens of all B rows, which are a whole optimizer step over all ranks.
+
+    `signal_BT` are the critic's values by state (probabilities of passing, 0..1); only their differences enter. `terminal_credit` pays
+    `is_correct_B` as the reward at the last token. `exponential` are the settings of `exponential_weights`; `policy_on_incorrect`
+    `binary` has none and takes 1[A > 0] for every row in their place. Which rows a step has is not decided here.
+    """
+    reward_B = is_correct_B.double() if terminal_credit and is_correct_B is not None else None
+    advantage_BT = policy_advantage(signal_BT.detach().double(), response_BT, gamma, row_lam(lam, response_BT), terminal_credit, reward_B)
+    if policy_on_incorrect == "binary":
+        return positive_weights(advantage_BT, response_BT)
+    return exponential_weights(advantage_BT, response_BT, beta=beta, notes=notes, **exponential)
+
+
+def exponential_weights(
+    advantage_BT: Tensor,
+    response_BT: Tensor,
+    *,
+    beta: float,
     sigma_floor: float,
     z_clip: float,
     weight_clip_min: float,
     weight_clip_max: float,
     concentration_floor: float,
-    terminal_credit: bool = False,
     notes: dict[str, float] | None = None,
 ) -> Tensor:
-    """Weights [B, T] float32 with mean 1 over the response tokens of all B rows, which are a whole optimizer step over all ranks.
+    """exp(z / beta), projected [B, T] float32. `beta` is the temperature (usual 0.3 to 1; towards infinity: uniform).
 
-    `signal_BT` are the critic's values by state (probabilities of passing, 0..1); only their differences enter. `beta` is the
-    temperature (usual 0.3 to 1; towards infinity: uniform). `sigma_floor` keeps a dead critic from being whitened into confident
-    weights. When the weights' concentration falls below its floor, beta is raised by bisection until it holds. `notes` takes the beta
-    that was used and the shares of tokens at either bound. `terminal_credit` pays `is_correct_B` as the reward at the last token.
+    `sigma_floor` keeps a dead critic from being whitened into confident weights. When the weights' concentration falls below its floor,
+    beta is raised by bisection until it holds. `notes` takes the beta that was used and the shares of tokens at either bound.
     """
-    reward_B = is_correct_B.double() if terminal_credit and is_correct_B is not None else None
-    advantage_BT = policy_advantage(signal_BT.detach().double(), response_BT, gamma, row_lam(lam, response_BT), terminal_credit, reward_B)
     z_BT = standardise(advantage_BT, response_BT, sigma_floor).clamp(-z_clip, z_clip)
 
     def weights(temperature: Tensor) -> Tensor:
         return project_mean_one(torch.exp((z_BT - z_BT.max()) / temperature), response_BT, weight_clip_min, weight_clip_max)
 
-    used = _raised(torch.tensor(beta, dtype=torch.float64, device=signal_BT.device), weights, response_BT, concentration_floor)
+    used = _raised(torch.tensor(beta, dtype=torch.float64, device=advantage_BT.device), weights, response_BT, concentration_floor)
     weight_BT = weights(used)
     if notes is not None:
         notes |= {"beta": float(used)} | shares_at_bounds(weight_BT, response_BT, weight_clip_min, weight_clip_max)
     return weight_BT.float()
+
+
+def positive_weights(advantage_BT: Tensor, response_BT: Tensor) -> Tensor:
+    """1[A > 0] scaled to mean 1: N / m on the m response tokens of the step with A > 0, 0 elsewhere [B, T] float32.
+
+    A step with tokens but without one of positive advantage is an error.
+    """
+    positive_BT = (advantage_BT > 0) & response_BT
+    n, m = int(response_BT.sum()), int(positive_BT.sum())
+    if n and not m:
+        raise ValueError(f"A > 0 on none of the step's {n} tokens, expected some; is the critic constant? see metrics/critic.json")
+    return positive_BT.float() * (n / max(m, 1))
 
 
 def _raised(beta: Tensor, weights: Callable[[Tensor], Tensor], valid_BT: Tensor, floor: float) -> Tensor:

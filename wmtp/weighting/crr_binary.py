@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from wmtp.advantage import policy_advantage
-from wmtp.weighting.advantage import row_lam
+from wmtp.weighting.advantage import positive_weights, row_lam
 
 
 def token_weights(signal_BT: Tensor, response_BT: Tensor, *, gamma: float, lam: float | str) -> Tensor:
@@ -11,10 +11,5 @@ def token_weights(signal_BT: Tensor, response_BT: Tensor, *, gamma: float, lam: 
 
     `signal_BT` are the critic's values by state, the rows a whole optimizer step.
     """
-    positive_BT = (policy_advantage(signal_BT.detach().double(), response_BT, gamma, row_lam(lam, response_BT)) > 0) & response_BT
-    n, m = int(response_BT.sum()), int(positive_BT.sum())
-    if n and not m:
-        raise ValueError(
-            f"crr_binary: A > 0 on none of the step's {n} tokens, expected some; is the critic constant? see metrics/critic.json"
-        )
-    return positive_BT.float() * (n / max(m, 1))
+    advantage_BT = policy_advantage(signal_BT.detach().double(), response_BT, gamma, row_lam(lam, response_BT))
+    return positive_weights(advantage_BT, response_BT)
