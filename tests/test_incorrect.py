@@ -29,8 +29,7 @@ from tests.test_policy import whole_step as correct_step
 from tests.test_train import signal_of
 from tests.test_weighting import exact_projection
 from wmtp import critic, params, train
-from wmtp.params import AnyMethod
-from wmtp.policy import reads_pairs
+from wmtp.params import AnyMethod, reads_pairs
 from wmtp.scores import write_scores
 from wmtp.view import View
 from wmtp.weighting import METHODS
@@ -40,7 +39,7 @@ FORMS = {"weighted": WEIGHTED, "binary": methods.BINARY}
 
 
 def block(form, name="verifiable", **changes):
-    common = {"weighting": METHODS[name].weighting, "n_future": F, "mix": 1.0, "head_weights": None}
+    common = {"weighting": METHODS[name].weighting, "n_future": F, "mix": 1.0, "head_weights": None, "critic": "separate"}
     return {**common, **FORMS[form], **changes}
 
 
@@ -162,7 +161,7 @@ def test_pairs_need_an_even_number_of_rows_a_step():
     values["training"]["batch_rows"] = 15
     params.validate(values)
     values["methods"]["verifiable"] = block("binary")
-    with pytest.raises(params.ParameterError, match=r"batch_rows 15 is odd, but methods\.verifiable\.policy_on_incorrect binary"):
+    with pytest.raises(params.ParameterError, match=r"batch_rows 15 is odd, but methods\.verifiable trains on pairs"):
         params.validate(values)
 
 

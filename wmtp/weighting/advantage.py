@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from wmtp.advantage import policy_advantage
-from wmtp.weighting.projection import concentration, project_mean_one, shares_at_bounds
+from wmtp.align import align_future
+from wmtp.weighting.projection import concentration, project_mean_one, shares_at_bounds, total
 
 _BETA_BISECTIONS = 40
 
@@ -34,11 +35,43 @@ def token_weights(
     `is_correct_B` as the reward at the last token. `exponential` are the settings of `exponential_weights`; `policy_on_incorrect`
     `binary` has none and takes 1[A > 0] for every row in their place. Which rows a step has is not decided here.
     """
-    reward_B = is_correct_B.double() if terminal_credit and is_correct_B is not None else None
-    advantage_BT = policy_advantage(signal_BT.detach().double(), response_BT, gamma, row_lam(lam, response_BT), terminal_credit, reward_B)
+    advantage_BT = _advantage(signal_BT, response_BT, is_correct_B, gamma, lam, terminal_credit)
     if policy_on_incorrect == "binary":
         return positive_weights(advantage_BT, response_BT)
     return exponential_weights(advantage_BT, response_BT, beta=beta, notes=notes, **exponential)
+
+
+def head_weights(
+    ce_BTF: Tensor,
+    signal_BT: Tensor,
+    response_BT: Tensor,
+    is_correct_B: Tensor | None = None,
+    *,
+    beta: float,
+    gamma: float,
+    lam: float | str,
+    sigma_floor: float,
+    z_clip: float,
+    weight_clip_min: float,
+    weight_clip_max: float,
+    terminal_credit: bool = False,
+) -> Tensor:
+    """The same for values that come from the forward itself: mean, standardisation and projection are of each row; [B, T, F] float32.
+
+    There is no floor of concentration: its search would wait for the device, and within the usual bounds it does not bind.
+    """
+    advantage_BT = _advantage(signal_BT, response_BT, is_correct_B, gamma, lam, terminal_credit)
+    z_BT = standardise(advantage_BT, response_BT, sigma_floor, by_row=True).clamp(-z_clip, z_clip)
+    u_BT = torch.exp((z_BT - z_BT.amax(1, keepdim=True)) / beta)
+    weight_BT = project_mean_one(u_BT, response_BT, weight_clip_min, weight_clip_max, by_row=True)
+    return align_future(weight_BT.float(), ce_BTF.shape[2], 0.0)
+
+
+def _advantage(
+    signal_BT: Tensor, response_BT: Tensor, is_correct_B: Tensor | None, gamma: float, lam: float | str, terminal_credit: bool
+) -> Tensor:
+    reward_B = is_correct_B.double() if terminal_credit and is_correct_B is not None else None
+    return policy_advantage(signal_BT.detach().double(), response_BT, gamma, row_lam(lam, response_BT), terminal_credit, reward_B)
 
 
 def exponential_weights(
@@ -94,11 +127,11 @@ def _raised(beta: Tensor, weights: Callable[[Tensor], Tensor], valid_BT: Tensor,
     return high
 
 
-def standardise(q_BT: Tensor, valid_BT: Tensor, sigma_floor: float) -> Tensor:
-    """(q - mean) / max(std, sigma_floor) over the valid entries, float64, 0 elsewhere."""
-    q_BT, n = q_BT.double() * valid_BT, valid_BT.sum().clamp(min=1)
-    centred = (q_BT - q_BT.sum() / n) * valid_BT
-    sigma = (centred.square().sum() / n).sqrt()
+def standardise(q_BT: Tensor, valid_BT: Tensor, sigma_floor: float, by_row: bool = False) -> Tensor:
+    """(q - mean) / max(std, sigma_floor) over the valid entries, or those of each row, float64, 0 elsewhere."""
+    q_BT, n = q_BT.double() * valid_BT, total(valid_BT, by_row).clamp(min=1)
+    centred = (q_BT - total(q_BT, by_row) / n) * valid_BT
+    sigma = (total(centred.square(), by_row) / n).sqrt()
     return centred / sigma.clamp(min=sigma_floor)
 
 
