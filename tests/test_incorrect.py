@@ -168,12 +168,12 @@ def test_pairs_need_an_even_number_of_rows_a_step():
 # --- the stage ---------------------------------------------------------------------------------------------------------------------
 
 
-def trained(micro, data, root, form):
+def trained(micro, data, root, settings, name="verifiable"):
     """Row numbers of each optimizer step of stages.train, and its report and log."""
     scores = root / "critic.safetensors"
     write_scores(scores, [signal_of(data)(row) for row in range(len(data))], data, "c" * 64, unit="probability")
     values = params.read_yaml(ROOT / "params.yaml")
-    values["methods"]["verifiable"] = methods.block("verifiable", 3) if form == "value_only" else block(form, n_future=3)
+    values["methods"][name] = settings
     values["training"] |= {"batch_rows": 8, "log_every": 1, "n_epochs": 0.5}
     steps, seen = train.Plan.step, []
 
@@ -185,10 +185,10 @@ def trained(micro, data, root, form):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train.Plan, "step", noted)
         patch.setenv("DVC_ROOT", str(root))
-        seeing = View(params.validate(values), list(params.Params.model_fields), "train@verifiable")
+        seeing = View(params.validate(values), list(params.Params.model_fields), f"train@{name}")
         paths = [str(root / name) for name in ("out", "log.csv", "report.json")]
         track = SimpleNamespace(log=lambda *_: None)
-        stage.work(seeing, track, "verifiable", str(micro.bundle), str(micro.processed), str(scores), *paths)
+        stage.work(seeing, track, name, str(micro.bundle), str(micro.processed), str(scores), *paths)
     log = (root / "log.csv").read_text().splitlines()
     records = [dict(zip(log[0].split(","), map(json.loads, line.split(",")))) for line in log[1:]]
     return seen, records
@@ -197,7 +197,7 @@ def trained(micro, data, root, form):
 @pytest.mark.slow
 @pytest.mark.parametrize("form", ["value_only", *FORMS])
 def test_the_stage_reads_correct_programs_alone_or_pairs_and_logs_the_weight_on_incorrect_ones(micro, data, tmp_path, form):
-    seen, records = trained(micro, data, tmp_path, form)
+    seen, records = trained(micro, data, tmp_path, methods.block("verifiable", 3) if form == "value_only" else block(form, n_future=3))
     assert len(seen) == len(records) > 2
     units = data.correct_rows() if form == "value_only" else critic.pairs(data)
     expected = train.Plan(data, units, 8 // units.ndim, 0.5, 0.1, 1)

@@ -10,6 +10,7 @@ import torch
 from pydantic import TypeAdapter
 
 from tests import methods
+from tests.test_incorrect import trained
 from tests.test_policy import (
     EIGHT_BY_ONE,
     EQUAL_LENGTHS,
@@ -247,3 +248,14 @@ def test_killed_and_resumed_equals_uninterrupted_value_head_included(micro, data
     first = []
     assert json.dumps(go()) == json.dumps(records) and first[0] == 3
     assert same_bits(again, whole)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+def test_the_stage_trains_on_pairs_and_saves_the_policy_alone(micro, data, tmp_path, name):
+    seen, records = trained(micro, data, tmp_path, methods.block(name, 3), name)
+    assert all(data.is_correct[rows].tolist() == [True, False] * 4 for rows in seen) and len(seen) == len(records) > 2
+    assert all(record["weight_on_incorrect"] == 0 and record["value_loss"] > 0 for record in records)
+    start, found = load_bundle(micro.bundle, dtype=torch.float32), load_bundle(tmp_path / "out")
+    assert list(found.state_dict()) == list(start.state_dict()) and not same_bits(found, start)
+    assert json.loads((tmp_path / "report.json").read_text())["parameters"] == sum(p.numel() for p in start.parameters())
