@@ -41,39 +41,6 @@ def token_weights(
     return exponential_weights(advantage_BT, response_BT, beta=beta, notes=notes, **exponential)
 
 
-def head_weights(
-    ce_BTF: Tensor,
-    signal_BT: Tensor,
-    response_BT: Tensor,
-    is_correct_B: Tensor | None = None,
-    *,
-    beta: float,
-    gamma: float,
-    lam: float | str,
-    sigma_floor: float,
-    z_clip: float,
-    weight_clip_min: float,
-    weight_clip_max: float,
-    terminal_credit: bool = False,
-) -> Tensor:
-    """The same for values that come from the forward itself: mean, standardisation and projection are of each row; [B, T, F] float32.
-
-    There is no floor of concentration: its search would wait for the device, and within the usual bounds it does not bind.
-    """
-    advantage_BT = _advantage(signal_BT, response_BT, is_correct_B, gamma, lam, terminal_credit)
-    z_BT = standardise(advantage_BT, response_BT, sigma_floor, by_row=True).clamp(-z_clip, z_clip)
-    u_BT = torch.exp((z_BT - z_BT.amax(1, keepdim=True)) / beta)
-    weight_BT = project_mean_one(u_BT, response_BT, weight_clip_min, weight_clip_max, by_row=True)
-    return align_future(weight_BT.float(), ce_BTF.shape[2], 0.0)
-
-
-def _advantage(
-    signal_BT: Tensor, response_BT: Tensor, is_correct_B: Tensor | None, gamma: float, lam: float | str, terminal_credit: bool
-) -> Tensor:
-    reward_B = is_correct_B.double() if terminal_credit and is_correct_B is not None else None
-    return policy_advantage(signal_BT.detach().double(), response_BT, gamma, row_lam(lam, response_BT), terminal_credit, reward_B)
-
-
 def exponential_weights(
     advantage_BT: Tensor,
     response_BT: Tensor,
@@ -113,6 +80,39 @@ def positive_weights(advantage_BT: Tensor, response_BT: Tensor) -> Tensor:
     if n and not m:
         raise ValueError(f"A > 0 on none of the step's {n} tokens, expected some; is the critic constant? see metrics/critic.json")
     return positive_BT.float() * (n / max(m, 1))
+
+
+def head_weights(
+    ce_BTF: Tensor,
+    signal_BT: Tensor,
+    response_BT: Tensor,
+    is_correct_B: Tensor | None = None,
+    *,
+    beta: float,
+    gamma: float,
+    lam: float | str,
+    sigma_floor: float,
+    z_clip: float,
+    weight_clip_min: float,
+    weight_clip_max: float,
+    terminal_credit: bool = False,
+) -> Tensor:
+    """`token_weights` for values of the forward itself: mean, standardisation and projection are of each row; [B, T, F] float32.
+
+    There is no floor of concentration: its search would wait for the device, and within the usual bounds it does not bind.
+    """
+    advantage_BT = _advantage(signal_BT, response_BT, is_correct_B, gamma, lam, terminal_credit)
+    z_BT = standardise(advantage_BT, response_BT, sigma_floor, by_row=True).clamp(-z_clip, z_clip)
+    u_BT = torch.exp((z_BT - z_BT.amax(1, keepdim=True)) / beta)
+    weight_BT = project_mean_one(u_BT, response_BT, weight_clip_min, weight_clip_max, by_row=True)
+    return align_future(weight_BT.float(), ce_BTF.shape[2], 0.0)
+
+
+def _advantage(
+    signal_BT: Tensor, response_BT: Tensor, is_correct_B: Tensor | None, gamma: float, lam: float | str, terminal_credit: bool
+) -> Tensor:
+    reward_B = is_correct_B.double() if terminal_credit and is_correct_B is not None else None
+    return policy_advantage(signal_BT.detach().double(), response_BT, gamma, row_lam(lam, response_BT), terminal_credit, reward_B)
 
 
 def _raised(beta: Tensor, weights: Callable[[Tensor], Tensor], valid_BT: Tensor, floor: float) -> Tensor:
