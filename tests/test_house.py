@@ -27,7 +27,7 @@ TRAINING = [
     "tokens generate",
     "batches scores sampling",
     "policy critic preference",
-    "scoring train anchor",
+    "scoring train anchor shared",
     "pretrain",
 ]
 JUDGING = [

@@ -6,7 +6,7 @@ from collections import Counter
 import pytest
 import torch
 
-from tests.methods import BOUNDS, OWN, PIPELINE
+from tests.methods import BOUNDS, OWN, PIPELINE, SEPARATE
 from tests.test_advantage import SPANS, T, mask, values_of
 from tests.test_weighting import budget, exact_projection
 from wmtp import noise
@@ -181,7 +181,7 @@ def test_crr_without_a_positive_advantage_is_an_error_and_without_a_token_is_non
 
 # --- what must not matter ----------------------------------------------------------------------------------------------------------
 
-KNOWN_BEFORE = [name for name, method in METHODS.items() if not method.needs_forward and name != "ntp"]
+KNOWN_BEFORE = [name for name in SEPARATE if not METHODS[name].needs_forward and name != "ntp"]
 FITTED = torch.tensor([0.5, 0.8, 1.0, 1.5, 1.2], dtype=torch.float64)
 
 

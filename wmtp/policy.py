@@ -40,10 +40,11 @@ class PolicyObjective:
     def prepare(self, step: Batch) -> Batch:
         """The whole step, over all ranks, with its weights where they are known before the forward."""
         starts_B = step.response_BT.int().argmax(1)
-        if bool((starts_B < self.n_future).any()):
+        short_B = (starts_B < self.n_future) & step.response_BT.any(1)
+        if bool(short_B.any()):
             raise WeightError(
-                f"a prompt of {int(starts_B.min())} tokens is shorter than the {self.n_future} heads: some heads would not see its first"
-                " response tokens; lengthen the prompt or lower n_future"
+                f"a prompt of {int(starts_B[short_B].min())} tokens is shorter than the {self.n_future} heads: some heads would not see"
+                " its first response tokens; lengthen the prompt or lower n_future"
             )
         if self.method.needs_forward:
             return replace(step, place_B=torch.arange(len(step.row_B))) if self.two_pass else step
@@ -85,9 +86,12 @@ class PolicyObjective:
         """
         targets_BTF = self._targets(batch)
         valid_BTF = targets_BTF != IGNORE
-        known = not self.method.needs_forward or batch.weight_BTF is not None
-        ce_BTF, entropy_BTF = self._forward(model, batch, targets_BTF, self._needs_entropy and not known)
-        if known:
+        ce_BTF, entropy_BTF = self._forward(model, batch, targets_BTF, self._needs_entropy and not self._known(batch))
+        return self.weighted(batch, ce_BTF, entropy_BTF, valid_BTF)
+
+    def weighted(self, batch: Batch, ce_BTF: Tensor, entropy_BTF: Tensor | None, valid_BTF: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """`loss` after its forward."""
+        if self._known(batch):
             weight_BTF = batch.weight_BTF
             if weight_BTF is None:
                 weight_BTF = self._by_head(align_future(batch.weight_BT, self.n_future, 0.0), valid_BTF)
@@ -120,6 +124,9 @@ class PolicyObjective:
     def _needs_entropy(self) -> bool:
         return "entropy_BTF" in array_names(self.method.function())
 
+    def _known(self, batch: Batch) -> bool:
+        return not self.method.needs_forward or batch.weight_BTF is not None
+
     def _targets(self, batch: Batch) -> Tensor:
         return future_targets(batch.tokens_BT, batch.response_BT, self.n_future)
 
@@ -150,7 +157,7 @@ class PolicyObjective:
         return scaled_BTF.to(weight_BTF.dtype)
 
 
-STRUCTURE = {"weighting", "n_future", "mix", "head_weights"}
+STRUCTURE = {"weighting", "n_future", "mix", "head_weights", "critic", "value_coef", "value_loss"}
 """Keys of a method's block that shape its model or loss; all others are its weighting's own arguments."""
 
 
@@ -164,7 +171,8 @@ def policy_objective(
     if method is None or method.weighting != settings.weighting:
         known = f"{method.weighting!r}" if method else f"one of {', '.join(METHODS)}"
         raise WeightError(f"methods.{name}: weighting {settings.weighting!r}; wmtp.weighting.METHODS has {known}")
-    arguments = settings.model_dump(exclude=STRUCTURE)
+    # With a shared critic wmtp.shared decides which rows train the policy.
+    arguments = settings.model_dump(exclude=STRUCTURE | ({"policy_on_incorrect"} if hasattr(settings, "value_coef") else set()))
     named = keywords(method.function())
     arguments |= {key: ask() for key, ask in (("beta", beta), ("seed", seed)) if key in named}
     if "fitted" in named:

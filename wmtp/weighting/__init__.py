@@ -34,5 +34,8 @@ METHODS: dict[str, Method] = {
     "loss_topk": Method("loss_topk", needs_forward=True),
     "crr_binary": Method("crr_binary", signal="critic"),
     "head_decay": Method("head_decay", needs_forward=True),
+    # One network that is policy and critic (wmtp.shared): values of the same forward, and the same value loss without their weights.
+    "verifiable_shared": Method("advantage", needs_forward=True),
+    "uniform_shared": Method("uniform"),
     "adamtp_mask": Method("adamtp_mask", needs_forward=True),
 }

@@ -4,7 +4,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from wmtp.advantage import policy_advantage
-from wmtp.weighting.advantage import row_lam
+from wmtp.weighting.advantage import positive_weights, row_lam
 
 
 def token_weights(signal_BT: Tensor, response_BT: Tensor, *, gamma: float, lam: float | str) -> Tensor:
@@ -13,13 +13,6 @@ def token_weights(signal_BT: Tensor, response_BT: Tensor, *, gamma: float, lam: 
     `signal_BT` are the critic's values by state, the rows a whole optimizer step. The last token, the end of text, has no advantage by
     construction; without it the policy would never learn to stop. A step without any A > 0 is an error.
     """
-    positive_BT = (policy_advantage(signal_BT.detach().double(), response_BT, gamma, row_lam(lam, response_BT)) > 0) & response_BT
+    advantage_BT = policy_advantage(signal_BT.detach().double(), response_BT, gamma, row_lam(lam, response_BT))
     last_BT = response_BT & ~functional.pad(response_BT[:, 1:], (0, 1), value=False)
-    n, found = int(response_BT.sum()), bool(positive_BT.any())
-    positive_BT = positive_BT | last_BT
-    m = int(positive_BT.sum())
-    if n and not found:
-        raise ValueError(
-            f"crr_binary: A > 0 on none of the step's {n} tokens, expected some; is the critic constant? see metrics/critic.json"
-        )
-    return positive_BT.float() * (n / max(m, 1))
+    return positive_weights(advantage_BT, response_BT, last_BT)
