@@ -16,10 +16,12 @@ from wmtp.weighting import METHODS
 def work(params: Any, track: Any, scores: str, out: str, start: str, *others: str) -> dict[str, Any]:
     starts = dict(other.split("=", 1) for other in others)
     for arm in params.study.arms:
+        if arm not in METHODS:
+            raise ValueError(f"study.arms: {arm!r} has no row in wmtp.weighting.METHODS, which has {', '.join(METHODS)}")
         method, own = METHODS[arm], starts.get(arm, start)
         found = {
             **method._asdict(),
-            "files": {path.name: sha256_file(path) for path in method.source_files()},
+            "files": {name: sha256_file(path) for name, path in method.source_files().items()},
             "scores": sha256_file(Path(scores) / f"{method.signal}.safetensors") if method.signal else None,
             "start": own,
             "start_sha256": bundle_sha256(own),

@@ -10,10 +10,11 @@ from typing import Any
 import torch
 
 from stages import run
-from wmtp import train
+from wmtp import critic, shared, train
 from wmtp.bundle import bundle_sha256
 from wmtp.checkpoint import save_model
 from wmtp.model import load_bundle
+from wmtp.params import reads_pairs
 from wmtp.policy import policy_objective, policy_signal
 from wmtp.records import write_text
 from wmtp.tokens import TokenData, check_same_tokenizer
@@ -26,19 +27,22 @@ def work(params: Any, track: Any, method: str, start: str, processed: str, signa
         start = json.loads(Path(start).read_text())["start"] if start.endswith(".json") else start
         data = TokenData(processed, "policy")
         check_same_tokenizer(data.tokenizer_sha256, start, "policy.start")
-        model = load_bundle(start, n_future=settings.n_future, dtype=torch.float32, device=world.device)
+        policy = load_bundle(start, n_future=settings.n_future, dtype=torch.float32, device=world.device)
+        model = shared.network(settings, policy)
         credit = getattr(settings, "terminal_credit", False)
         signal_of, inputs = policy_signal(method, signal, data, lambda: params.critic.gate.train_anyway, credit)
+        units = critic.pairs(data) if reads_pairs(settings) else data.correct_rows()
         plan = train.Plan(
-            data, data.correct_rows(), training.batch_rows, training.n_epochs, training.learning_rate, training.seed, signal_of,
+            data, units, training.batch_rows // units.ndim, training.n_epochs, training.learning_rate, training.seed, signal_of,
             training.log_every, params.run.checkpoint_every,
         )  # fmt: skip
-        objective = policy_objective(method, settings, lambda: training.beta, lambda: training.seed, plan.first_pass)
+        own = policy_objective(method, settings, lambda: training.beta, lambda: training.seed, plan.first_pass)
+        objective = shared.objective(settings, own)
         inputs |= {"start": bundle_sha256(start), "data": data.sha256}
         with train.fitted(model, objective, plan, params, world, stage=f"train-{method}", inputs=inputs, on_log=track.log) as records:
-            figures = train.account(model, plan, records[-1])
+            figures = train.account(policy, plan, records[-1])
             figures |= train.validation(model, TokenData(processed, "validation"), world, params.optimizer.micro_batch_tokens)
-            save_model(model, Path(start), Path(out), world, {"stage": "train", "method": method, "n_steps": plan.n_steps})
+            save_model(policy, Path(start), Path(out), world, {"stage": "train", "method": method, "n_steps": plan.n_steps})
             if world.is_first:
                 train.write_log(Path(log), records)
                 write_text(report, json.dumps(figures, indent=2) + "\n")

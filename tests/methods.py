@@ -9,7 +9,14 @@ from wmtp.policy import PolicyObjective, policy_objective
 from wmtp.weighting import METHODS
 
 BOUNDS = {"weight_clip_min": 0.1, "weight_clip_max": 5.0}
-PIPELINE = {"gamma": 1.0, "lam": 0.95, "sigma_floor": 0.01, "z_clip": 5.0, **BOUNDS, "concentration_floor": 0.3, "terminal_credit": False}
+PIPELINE = {
+    "policy_on_incorrect": "value_only", "gamma": 1.0, "lam": 0.95, "sigma_floor": 0.01, "z_clip": 5.0, **BOUNDS,
+    "concentration_floor": 0.3, "terminal_credit": False,
+}  # fmt: skip
+SHARED = {
+    "critic": "shared", "value_coef": 0.5, "value_loss": {"kind": "bce", "gamma": 1.0, "lam": 1.0}, "policy_on_incorrect": "value_only",
+}  # fmt: skip
+BINARY = {"policy_on_incorrect": "binary", "gamma": 1.0, "lam": 0.95, "terminal_credit": False}
 OWN: dict[str, dict[str, Any]] = {
     "verifiable": PIPELINE,
     "rho1": {"selection": "topk", "head_mode": "shared_target", "scope": "sequence", "keep_fraction": 0.6},
@@ -26,6 +33,8 @@ OWN: dict[str, dict[str, Any]] = {
     "loss_topk": {"scope": "sequence", "keep_fraction": 0.6},
     "crr_binary": {"gamma": 1.0, "lam": 0.95},
     "head_decay": {"decay": 0.7},
+    "verifiable_shared": {key: value for key, value in PIPELINE.items() if key != "concentration_floor"} | SHARED,
+    "uniform_shared": SHARED,
     "adamtp_mask": {"boundary_fraction": 0.2},
 }
 EXCESS_FORMS: dict[str, dict[str, Any]] = {
@@ -35,12 +44,15 @@ EXCESS_FORMS: dict[str, dict[str, Any]] = {
     "weighted": {"temperature": 1.0},
     "percentile_emphasis": {"percentile": 0.6, "alpha": 0.2},
 }
+SEPARATE = [name for name in METHODS if OWN.get(name, {}).get("critic") != "shared"]
+"""Methods whose network is the policy alone."""
 HEAD_MODES = ("shared_target", "per_head", "per_head_zscore", "pooled")
 
 
 def block(name: str, n_future: int = 4, **changes: Any) -> dict[str, Any]:
     common = {"weighting": METHODS[name].weighting, "n_future": n_future, "mix": 1.0, "head_weights": None}
-    return common | OWN.get(name, {}) | changes
+    separate = {"critic": "separate"} if "policy_on_incorrect" in OWN.get(name, {}) else {}
+    return common | separate | OWN.get(name, {}) | changes
 
 
 def excess_block(selection: str, head_mode: str | None = None, n_future: int = 4, scope: str = "sequence") -> dict[str, Any]:

@@ -12,7 +12,6 @@ from tests import methods
 from tests.test_model import random_model
 from wmtp.batches import Batch, collate, in_order, n_steps, share, step_rows
 from wmtp.critic import Critic, ValueObjective
-from wmtp.weighting import METHODS
 
 few = settings(deadline=None, max_examples=60)
 
@@ -145,7 +144,7 @@ def fillers(with_signal=False):
     return step, share(step, 1, 3, 1000)
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", methods.SEPARATE)
 def test_filler_rows_have_no_loss_no_gradient_and_no_count(name):
     step, _ = fillers(with_signal=True)
     step = Batch(**{**vars(step), "signal_BT": torch.arange(12.0)[None] / 20})

@@ -27,7 +27,7 @@ TRAINING = [
     "tokens generate",
     "batches scores sampling",
     "policy critic preference",
-    "scoring train anchor",
+    "scoring train anchor shared",
     "pretrain",
 ]
 JUDGING = [
@@ -132,6 +132,11 @@ def test_a_method_depends_on_its_own_weighting_alone():
 
 
 def test_the_files_behind_a_weighting_are_found_through_what_it_imports():
+    for method in METHODS.values():
+        named = {f"wmtp/{name}" for name in method.source_files()}
+        assert named == set(weighting_dependencies(method.weighting)) - {"wmtp/weighting/method.py"}, "every training lists that one"
+        assert all(path == ROOT / "wmtp" / name for name, path in method.source_files().items())
+    assert "wmtp" in STUDY["stages"]["arms"]["deps"], "any changed file must describe the arms anew"
     assert weighting_dependencies("uniform") == ["wmtp/weighting/uniform.py"]
     assert weighting_dependencies("shuffled")[0] == "wmtp/weighting/shuffled.py"
     assert {"wmtp/weighting/advantage.py", "wmtp/advantage.py", "wmtp/noise.py"} < set(weighting_dependencies("shuffled"))

@@ -86,7 +86,7 @@ def test_every_method_has_a_form_in_which_no_key_is_free(name):
     adapter = TypeAdapter(AnyMethod)
     adapter.validate_python(methods.block(name))
     for key in methods.block(name):
-        if key not in ("weighting", "selection"):
+        if key not in ("weighting", "selection", "policy_on_incorrect", "critic"):
             with pytest.raises(ValidationError, match="missing"):
                 adapter.validate_python({k: v for k, v in methods.block(name).items() if k != key})
     with pytest.raises(ValidationError, match="extra_forbidden"):

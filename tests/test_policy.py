@@ -190,7 +190,7 @@ ONE_BY_EIGHT, FOUR_BY_TWO, EIGHT_BY_ONE = 8 * T, 2 * T, T
 EQUAL_LENGTHS = ((4, 19), (18, 19), (5, 19), (17, 19), (6, 19), (4, 19), (12, 19), (10, 19))
 
 
-@pytest.mark.parametrize("name, mix", [*((name, 1.0) for name in METHODS), ("verifiable", 0.3), ("rho1", 0.3)])
+@pytest.mark.parametrize("name, mix", [*((name, 1.0) for name in methods.SEPARATE), ("verifiable", 0.3), ("rho1", 0.3)])
 def test_gradients_do_not_depend_on_the_split(name, mix, models):
     """Rows of equal length and very different numbers of targets, where a mean of means would be biased."""
     model, step, work = models[heads(name)], whole_step(name, EQUAL_LENGTHS), objective(name, mix)
@@ -249,7 +249,7 @@ def test_gradients_of_unequal_rows_do_not_depend_on_the_split_in_single_precisio
     same(prepared(model, work, step, 30, 2)[1], gradients, 2e-5)
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", methods.SEPARATE)
 def test_a_filler_row_gives_zero_gradients_to_every_parameter(name, models):
     """Three ranks, four rows: some rank has a micro-batch without a target and must join every collective all the same."""
     model, work = models[heads(name)], objective(name)
@@ -347,7 +347,7 @@ def test_mixed_weights_keep_mean_one_and_the_mask(mix):
     assert float(mixed[step.response_BT].double().mean()) == pytest.approx(1, abs=1e-6) and (mixed[~step.response_BT] == 0).all()
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", methods.SEPARATE)
 def test_weights_have_mean_one_in_every_head(name, models):
     sums = prepared(models[heads(name)], objective(name), whole_step(name), 40)[2]
     n_targets = sum(last - first + 1 for first, last in SPANS)
@@ -375,7 +375,7 @@ def test_a_prompt_shorter_than_the_heads_is_refused(n_future):
         objective("rho1", n_future=n_future + 1).prepare(step)
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", methods.SEPARATE)
 def test_padding_labels_and_signals_at_the_prompt_change_nothing(name, models):
     model, step = models[heads(name)], whole_step(name)
     position = torch.arange(T)
@@ -393,7 +393,7 @@ def test_padding_labels_and_signals_at_the_prompt_change_nothing(name, models):
     assert all(torch.allclose(other_sums[key], sums[key], rtol=1e-12, atol=0) for key in sums if key != "w_incorrect")
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", methods.SEPARATE)
 def test_the_order_of_rows_does_not_matter(name, models):
     model, step, order = models[heads(name)], whole_step(name), torch.tensor([5, 2, 7, 0, 3, 6, 1, 4])
     permuted, work = reordered(step, order), objective(name)
@@ -511,7 +511,7 @@ class Waits(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("head_weights", [None, [4.0, 2.0, 1.0, 1.0]])
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", methods.SEPARATE)
 def test_from_the_models_losses_to_the_steps_sums_nothing_waits_for_the_device(name, head_weights):
     work = objective(name, mix=0.5, n_future=F, head_weights=head_weights)
     step = work.prepare(whole_step(name))

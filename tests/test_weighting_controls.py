@@ -6,7 +6,7 @@ from collections import Counter
 import pytest
 import torch
 
-from tests.methods import BOUNDS, OWN, PIPELINE
+from tests.methods import BOUNDS, OWN, PIPELINE, SEPARATE
 from tests.test_advantage import SPANS, T, mask, values_of
 from tests.test_weighting import budget, exact_projection
 from wmtp import noise
@@ -80,7 +80,7 @@ def critic_of(values, **changes):
 
 def bin_of(b, i, n_bins):
     P, L = SPANS[b]
-    return min(int((i - P) * n_bins // max(L - P, 1)), n_bins - 1)
+    return n_bins if i == L else (i - P) * n_bins // (L - P)
 
 
 @pytest.mark.parametrize("n_bins", [1, 4, 40])
@@ -91,12 +91,12 @@ def test_position_alone_gets_the_critics_mean_weight(n_bins):
         for b, i in PLACES:
             of_bin.setdefault(bin_of(b, i, n_bins), []).append(float(weight[b, i]))
     fitted = position_only.fit(iter(steps), n_bins=n_bins, **SETTINGS)
-    expected = [math.fsum(of_bin[k]) / len(of_bin[k]) if k in of_bin else 1.0 for k in range(n_bins)]
+    expected = [math.fsum(of_bin[k]) / len(of_bin[k]) if k in of_bin else 1.0 for k in range(n_bins + 1)]
     torch.testing.assert_close(fitted, torch.tensor(expected, dtype=torch.float64), rtol=1e-9, atol=0)
     found = position_only.token_weights(mask(), fitted=fitted, n_bins=n_bins, **SETTINGS)
     close(found, projected({(b, i): expected[bin_of(b, i, n_bins)] for b, i in PLACES}))
-    if n_bins == 1:
-        close(found, mask().float())
+    ends = [float(found[b, L]) for b, (P, L) in enumerate(SPANS)]
+    assert len(set(ends)) == 1 and (n_bins > 1 or len({float(found[place]) for place in PLACES}) == 2)
 
 
 def test_position_explains_a_critic_that_sees_position_alone():
@@ -150,8 +150,8 @@ def test_the_oracle_emphasises_the_known_place(emphasis):
     close(found, projected({(b, i): emphasis if span[b, 0] <= i < span[b, 1] else 1.0 for b, i in PLACES}))
     if emphasis > 1:
         assert float(found[0, 3]) == float(found.max()) > 1 > float(found[0, 2]) == float(found[1, 5])
-    unknown = oracle.token_weights(mask(), torch.full((len(SPANS), 2), -1), emphasis=emphasis, **BOUNDS)
-    close(unknown, mask().float())
+    with pytest.raises(ValueError, match="no row of the step has a known decisive place"):
+        oracle.token_weights(mask(), torch.full((len(SPANS), 2), -1), emphasis=emphasis, **BOUNDS)
 
 
 @pytest.mark.parametrize("lam", [0.0, 0.95, "length_adaptive"])
@@ -159,8 +159,10 @@ def test_crr_trains_on_tokens_of_positive_advantage(lam):
     values = values_of(4)
     found = crr_binary.token_weights(values, mask(), gamma=1.0, lam=lam)
     positive = policy_advantage(values, mask(), 1.0, advantage.row_lam(lam, mask())) > 0
-    chosen = [place for place in PLACES if positive[place]]
-    assert 0 < len(chosen) < len(PLACES)
+    ends = [(b, L) for b, (P, L) in enumerate(SPANS)]
+    assert not any(positive[place] for place in ends), "the end of text has no advantage, and trains all the same"
+    chosen = [place for place in PLACES if positive[place] or place in ends]
+    assert len(ends) < len(chosen) < len(PLACES)
     close(found, projected_selection(chosen))
 
 
@@ -179,7 +181,7 @@ def test_crr_without_a_positive_advantage_is_an_error_and_without_a_token_is_non
 
 # --- what must not matter ----------------------------------------------------------------------------------------------------------
 
-KNOWN_BEFORE = [name for name, method in METHODS.items() if not method.needs_forward and name != "ntp"]
+KNOWN_BEFORE = [name for name in SEPARATE if not METHODS[name].needs_forward and name != "ntp"]
 FITTED = torch.tensor([0.5, 0.8, 1.0, 1.5, 1.2], dtype=torch.float64)
 
 

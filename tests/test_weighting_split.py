@@ -14,12 +14,11 @@ from tests.test_train import ALONE, OPTIMIZER, assert_equal_gradients, gradient,
 from wmtp import train
 from wmtp.batches import share
 from wmtp.tokens import TokenData
-from wmtp.weighting import METHODS
 from wmtp.world import joined
 
 ALL_ROWS = 10**6
 TWO_PASS = [f"{name} two_pass" for name in ("rho1", "inverted_k", "dft", "focal", "loss_topk", "entropy_topk")]
-CASES = [*METHODS, *TWO_PASS]
+CASES = [*methods.SEPARATE, *TWO_PASS]
 SHARDED = ["shuffled", "entropy_topk", "rho1 two_pass", "entropy_topk two_pass"]
 
 

@@ -62,10 +62,13 @@ class Critic(nn.Module):
         """
         hidden_BTD = self.trunk.hidden(tokens_BT, n_future=1, first=first)[0]
         ce_BT = self.trunk.cross_entropy(hidden_BTD, future_targets(tokens_BT, response_BT, 1)[:, first:, 0])
+        return functional.pad(self.value_logits(hidden_BTD, ce_BT), (first, 0)), functional.pad(ce_BT, (first, 0))
+
+    def value_logits(self, hidden_BTD: Tensor, ce_BT: Tensor) -> Tensor:
+        """Value logits [B, T] from the normed output of head 0 and its next-token loss of the response, both by position."""
         surprise_BT1 = functional.pad(ce_BT.detach()[:, :-1], (1, 0)).cumsum(1).unsqueeze(-1)
         read = torch.cat([hidden_BTD.to(ce_BT.dtype), surprise_BT1], -1)
-        logit_BT = functional.linear(read, self.value.weight.to(read.dtype), self.value.bias.to(read.dtype)).squeeze(-1)
-        return functional.pad(logit_BT, (first, 0)), functional.pad(ce_BT, (first, 0))
+        return functional.linear(read, self.value.weight.to(read.dtype), self.value.bias.to(read.dtype)).squeeze(-1)
 
 
 def read_card(path: str | Path) -> dict[str, Any]:
@@ -145,6 +148,11 @@ def _like_length(right: list[int], wrong: list[int], lengths: np.ndarray) -> lis
     return sorted(chosen.items())
 
 
+def _states(batch: Batch) -> Tensor:
+    """The states P-1..L-1, bool [B, T]."""
+    return functional.pad(batch.response_BT[:, 1:], (0, 1), value=False)
+
+
 def _bce(logit: Tensor, target: Tensor) -> Tensor:
     return functional.binary_cross_entropy_with_logits(logit, target, reduction="none")
 
@@ -187,18 +195,25 @@ class ValueObjective:
 
     def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         logit_BT, ce_BT, *others = model(batch.tokens_BT, batch.response_BT, first=max(0, batch.shortest_prompt - 1))
+        value_loss_B, sums = self.regression(logit_BT, batch, *others)
+        reward_B = batch.is_correct_B.to(value_loss_B.dtype)
+        language_loss_B = ce_BT.sum(1) / _states(batch).sum(1).clamp(min=1) * reward_B
+        rows = {"n_correct": (batch.row_B >= 0).double() * reward_B, "language": language_loss_B}
+        total = (value_loss_B + self.lm_coef * language_loss_B).sum()
+        return total, sums | {name: part.detach().double().sum() for name, part in rows.items()}
+
+    def regression(self, logit_BT: Tensor, batch: Batch, *others: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Each row's value loss [B], and detached float64 sums of rows, losses and squared errors against the reward."""
         value_BT = torch.sigmoid(logit_BT.detach())
         reward_B = batch.is_correct_B.to(value_BT.dtype)
         _, target_BT = gae(value_BT, reward_B, batch.response_BT, self.gamma, self.lam)
-        state_BT = functional.pad(batch.response_BT[:, 1:], (0, 1), value=False)
+        state_BT = _states(batch)
         n_B = state_BT.sum(1).clamp(min=1)
         value_loss_B = (self.state_loss(logit_BT, target_BT.clamp(0, 1), *others) * state_BT).sum(1) / n_B
-        language_loss_B = ce_BT.sum(1) / n_B * reward_B
         brier_B = ((value_BT - reward_B[:, None]).square() * state_BT).sum(1) / n_B
         real_B = (batch.row_B >= 0).double()
-        sums = {"n": real_B, "n_correct": real_B * reward_B, "loss": value_loss_B, "language": language_loss_B, "brier": brier_B * real_B}
-        total = (value_loss_B + self.lm_coef * language_loss_B).sum()
-        return total, {name: part.detach().double().sum() for name, part in sums.items()}
+        sums = {"n": real_B, "loss": value_loss_B, "brier": brier_B * real_B}
+        return value_loss_B, {name: part.detach().double().sum() for name, part in sums.items()}
 
     def state_loss(self, logit_BT: Tensor, target_BT: Tensor) -> Tensor:
         return REGRESSIONS[self.kind](logit_BT, target_BT)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
 
 Positive = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -195,12 +195,15 @@ class Anchor(Section):
         return self
 
 
-class Regression(Section):
+class ValueLoss(Section):
     """Every state's value against its return."""
 
     kind: Literal["bce", "mse", "huber"]
     gamma: Annotated[float, Field(gt=0, le=1)]
     lam: Fraction
+
+
+class Regression(ValueLoss):
     anchor: Anchor | None = Field(description="null: none")
 
 
@@ -252,18 +255,59 @@ class UniformMethod(Method):
     weighting: Literal["uniform"]
 
 
-class AdvantageMethod(Method):
-    """The critic's weights, and the controls that go through the same pipeline."""
+class SharedMethod(Method):
+    """A policy with a value head on its own trunk, which learns from pairs of a correct and an incorrect program."""
 
-    weighting: Literal["advantage", "shuffled", "constant_critic", "random_matched"]
+    critic: Literal["shared"]
+    value_coef: Annotated[float, Field(gt=0)] = Field(description="weight of the value loss, a mean over the step's rows")
+    value_loss: ValueLoss
+    policy_on_incorrect: Literal["value_only", "weighted"] = Field(
+        description="value_only: incorrect programs train the value alone; weighted: the policy too, weighed as the correct ones"
+    )
+
+
+class SharedUniformMethod(SharedMethod):
+    weighting: Literal["uniform"]
+
+
+class Exponential(Section):
+    """From advantages to weights."""
+
     gamma: Annotated[float, Field(gt=0, le=1)]
     lam: Fraction | Literal["length_adaptive"]
     sigma_floor: Annotated[float, Field(gt=0)] = Field(description="least standard deviation that an advantage is divided by")
     z_clip: Annotated[float, Field(gt=0)]
     weight_clip_min: Annotated[float, Field(ge=0, lt=1)]
     weight_clip_max: Annotated[float, Field(gt=1)]
-    concentration_floor: Fraction = Field(description="least exp(entropy) / N of the weights; below it beta is raised")
     terminal_credit: bool = Field(description="pay R - v at the last token too; a critic that knows nothing then weighs it most")
+
+
+class SharedAdvantageMethod(SharedMethod, Exponential):
+    """Weights from the values of the same forward, each row a population."""
+
+    weighting: Literal["advantage"]
+
+
+class AdvantageMethod(Method, Exponential):
+    """The critic's weights, and the controls that go through the same pipeline."""
+
+    weighting: Literal["advantage", "shuffled", "constant_critic", "random_matched"]
+    critic: Literal["separate"]
+    policy_on_incorrect: Literal["value_only", "weighted"] = Field(
+        description="value_only: correct programs alone; weighted: pairs of a correct and an incorrect one, weighed alike"
+    )
+    concentration_floor: Fraction = Field(description="least exp(entropy) / N of the weights; below it beta is raised")
+
+
+class PositiveAdvantageMethod(Method):
+    """1[A > 0] on pairs of a correct and an incorrect program."""
+
+    weighting: Literal["advantage", "shuffled"]
+    critic: Literal["separate"]
+    policy_on_incorrect: Literal["binary"]
+    gamma: Annotated[float, Field(gt=0, le=1)]
+    lam: Fraction | Literal["length_adaptive"]
+    terminal_credit: bool = Field(description="pay R - v at the last token too")
 
 
 class PositionOnlyMethod(AdvantageMethod):
@@ -369,9 +413,18 @@ class SoftmaxOverHeadsExcess(Method):
 AnyExcess = Annotated[
     ExcessMethod | TokenSkipExcess | WeightedExcess | EmphasisExcess | SoftmaxOverHeadsExcess, Field(discriminator="selection")
 ]
+SeparateAdvantage = Annotated[AdvantageMethod | PositiveAdvantageMethod, Field(discriminator="policy_on_incorrect")]
+AnyAdvantage = Annotated[SeparateAdvantage | SharedAdvantageMethod, Field(discriminator="critic")]
+
+
+def _with_critic(block: Any) -> str:
+    return "shared" if "critic" in (block if isinstance(block, dict) else type(block).model_fields) else "none"
+
+
+AnyUniform = Annotated[Annotated[UniformMethod, Tag("none")] | Annotated[SharedUniformMethod, Tag("shared")], Discriminator(_with_critic)]
 AnyMethod = Annotated[
-    UniformMethod
-    | AdvantageMethod
+    AnyUniform
+    | AnyAdvantage
     | PositionOnlyMethod
     | OracleMethod
     | BinaryMethod
@@ -385,6 +438,11 @@ AnyMethod = Annotated[
     | AnyExcess,
     Field(discriminator="weighting"),
 ]
+
+
+def reads_pairs(block: Method) -> bool:
+    """Whether a method reads pairs of a correct and an incorrect program (wmtp.critic.pairs), or correct programs alone."""
+    return isinstance(block, SharedMethod) or getattr(block, "policy_on_incorrect", "value_only") != "value_only"
 
 
 class Evaluation(Section):
@@ -413,6 +471,15 @@ class Study(Section):
     arms: list[str] = Field(description="methods that study/dvc.yaml trains, each with every seed")
     seeds: list[Annotated[int, Field(ge=0)]] = Field(description="training seeds; six at least for an exact test to reach p < 0.05")
     n_samples: Annotated[int, Field(ge=1)] = Field(description="sampled completions a problem, beside one greedy")
+
+    @model_validator(mode="after")
+    def _compares(self) -> "Study":
+        for key, values, least in (("arms", self.arms, 2), ("seeds", self.seeds, 2)):
+            if len(set(values)) != len(values) or len(values) < least:
+                raise ValueError(f"{key} {values}: expected {least} at least, each once")
+        if "baseline" not in self.arms:
+            raise ValueError(f"arms {self.arms}: expected baseline among them, with which all others are compared")
+        return self
 
 
 class Report(Section):
@@ -448,6 +515,16 @@ class Params(Section):
     def _report_names_a_method(self) -> "Params":
         if self.report.method not in self.methods:
             raise ValueError(f"report.method {self.report.method!r} is none of methods: {', '.join(self.methods)}")
+        return self
+
+    @model_validator(mode="after")
+    def _whole_pairs(self) -> "Params":
+        for name, block in self.methods.items():
+            if self.training.batch_rows % 2 and reads_pairs(block):
+                raise ValueError(
+                    f"training.batch_rows {self.training.batch_rows} is odd, but methods.{name} trains on pairs of one correct and one"
+                    " incorrect row (its critic or policy_on_incorrect)"
+                )
         return self
 
     @model_validator(mode="after")

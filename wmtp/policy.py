@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from wmtp.align import IGNORE, align_future, future_targets
 from wmtp.batches import Batch
@@ -39,10 +40,11 @@ class PolicyObjective:
     def prepare(self, step: Batch) -> Batch:
         """The whole step, over all ranks, with its weights where they are known before the forward."""
         starts_B = step.response_BT.int().argmax(1)
-        if bool((starts_B < self.n_future).any()):
+        short_B = (starts_B < self.n_future) & step.response_BT.any(1)
+        if bool(short_B.any()):
             raise WeightError(
-                f"a prompt of {int(starts_B.min())} tokens is shorter than the {self.n_future} heads: some heads would not see its first"
-                " response tokens; lengthen the prompt or lower n_future"
+                f"a prompt of {int(starts_B[short_B].min())} tokens is shorter than the {self.n_future} heads: some heads would not see"
+                " its first response tokens; lengthen the prompt or lower n_future"
             )
         if self.method.needs_forward:
             return replace(step, place_B=torch.arange(len(step.row_B))) if self.two_pass else step
@@ -84,9 +86,12 @@ class PolicyObjective:
         """
         targets_BTF = self._targets(batch)
         valid_BTF = targets_BTF != IGNORE
-        known = not self.method.needs_forward or batch.weight_BTF is not None
-        ce_BTF, entropy_BTF = self._forward(model, batch, targets_BTF, self._needs_entropy and not known)
-        if known:
+        ce_BTF, entropy_BTF = self._forward(model, batch, targets_BTF, self._needs_entropy and not self._known(batch))
+        return self.weighted(batch, ce_BTF, entropy_BTF, valid_BTF)
+
+    def weighted(self, batch: Batch, ce_BTF: Tensor, entropy_BTF: Tensor | None, valid_BTF: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """`loss` after its forward."""
+        if self._known(batch):
             weight_BTF = batch.weight_BTF
             if weight_BTF is None:
                 weight_BTF = self._by_head(align_future(batch.weight_BT, self.n_future, 0.0), valid_BTF)
@@ -110,6 +115,7 @@ class PolicyObjective:
             "weight_ess": w * w / (n * w2), "weight_concentration": float(concentration),
             "weight_selected": float(sums["selected"].sum()) / n,
             **{f"weight_selected_head{h}": float(sums["selected"][h] / n_F[h]) for h in heads},
+            "weight_at_end": float(sums["w_end"] / sums["n_end"].clamp(min=1)),
             "weight_on_incorrect": float(sums["w_incorrect"].sum()) / w,
             **{f"weight_{name.removeprefix('note_')}": float(sums[name]) / n for name in sums if name.startswith("note_")},
         }  # fmt: skip
@@ -117,6 +123,9 @@ class PolicyObjective:
     @property
     def _needs_entropy(self) -> bool:
         return "entropy_BTF" in array_names(self.method.function())
+
+    def _known(self, batch: Batch) -> bool:
+        return not self.method.needs_forward or batch.weight_BTF is not None
 
     def _targets(self, batch: Batch) -> Tensor:
         return future_targets(batch.tokens_BT, batch.response_BT, self.n_future)
@@ -148,7 +157,7 @@ class PolicyObjective:
         return scaled_BTF.to(weight_BTF.dtype)
 
 
-STRUCTURE = {"weighting", "n_future", "mix", "head_weights"}
+STRUCTURE = {"weighting", "n_future", "mix", "head_weights", "critic", "value_coef", "value_loss"}
 """Keys of a method's block that shape its model or loss; all others are its weighting's own arguments."""
 
 
@@ -162,13 +171,17 @@ def policy_objective(
     if method is None or method.weighting != settings.weighting:
         known = f"{method.weighting!r}" if method else f"one of {', '.join(METHODS)}"
         raise WeightError(f"methods.{name}: weighting {settings.weighting!r}; wmtp.weighting.METHODS has {known}")
-    arguments = settings.model_dump(exclude=STRUCTURE)
+    # With a shared critic wmtp.shared decides which rows train the policy.
+    arguments = settings.model_dump(exclude=STRUCTURE | ({"policy_on_incorrect"} if hasattr(settings, "value_coef") else set()))
     named = keywords(method.function())
     arguments |= {key: ask() for key, ask in (("beta", beta), ("seed", seed)) if key in named}
     if "fitted" in named:
         arguments["fitted"] = method.module().fit((vars(step) for step in steps()), **arguments)
     head_weights = None if settings.head_weights is None else tuple(settings.head_weights)
     return PolicyObjective(method, arguments, settings.n_future, settings.mix, head_weights)
+
+
+UNITS = {"critic": ("probability", "logit"), "reference": ("nats",)}
 
 
 def policy_signal(
@@ -182,6 +195,10 @@ def policy_signal(
         return None, {}
     path = str(Path(path) / f"{METHODS[name].signal}.safetensors") if Path(path).is_dir() else path
     scores = Scores(path, data)
+    if scores.unit not in UNITS[METHODS[name].signal]:
+        raise WeightError(
+            f"{path}: scores in units of {scores.unit}, expected {' or '.join(UNITS[METHODS[name].signal])}: another signal's file"
+        )
     if METHODS[name].signal == "critic" and not scores.gate_passed and not train_anyway():
         raise WeightError(
             f"{path}: its critic failed the quality gate (see metrics/critic.json); train it longer, or set critic.gate.train_anyway: true"
@@ -198,6 +215,12 @@ def check_weights(weight_BT: Tensor, valid_BT: Tensor) -> Tensor:
     """The weights themselves, or a WeightError; the step is still on the CPU, so nothing waits for a device."""
     check_faults(_faults(weight_BT, valid_BT))
     return weight_BT
+
+
+def check_reached(w: float, n: float) -> None:
+    """A WeightError unless the weights that met the losses of a whole step, over all ranks, have mean 1 over its `n` targets."""
+    if not abs(w / max(n, 1.0) - 1) <= 1e-4:
+        raise WeightError(f"the weights that reached the loss have mean {w / max(n, 1.0):.6f} over {n:.0f} targets, expected 1")
 
 
 def check_faults(faults: Tensor) -> None:
@@ -222,9 +245,12 @@ def _sums(ce_BTF: Tensor, weight_BTF: Tensor, valid_BTF: Tensor, batch: Batch) -
     ce, w = ce_BTF.double(), weight_BTF.double() * valid_BTF
     n_F, incorrect_B11 = valid_BTF.sum((0, 1)).double(), ~batch.is_correct_B[:, None, None]
     nowhere = torch.where(valid_BTF, 0.0, -torch.inf)
+    last_BT = batch.response_BT & ~functional.pad(batch.response_BT[:, 1:], (0, 1), value=False)
+    end_BTF = align_future(last_BT.double(), valid_BTF.shape[2], 0.0)
     sums = {
         "n": n_F, "ce": ce.sum((0, 1)), "wce": (w * ce).sum((0, 1)), "w": w.sum((0, 1)), "w2": w.square().sum((0, 1)),
         "wlogw": torch.xlogy(w, w).sum((0, 1)), "selected": (w > 0).sum((0, 1)).double(), "w_incorrect": (w * incorrect_B11).sum((0, 1)),
+        "n_end": end_BTF.sum(), "w_end": (w * end_BTF).sum(),
         "max_w": (nowhere + w).amax((0, 1)), "max_negative_w": (nowhere - w).amax((0, 1)),
     }  # fmt: skip
     return sums | {f"note_{name}": n_F.sum() * value for name, value in batch.notes.items()}

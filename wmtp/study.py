@@ -20,6 +20,7 @@ MEASURE = "pass@1"
 SEED = 0  # of the resampling
 PRIMARY = (("verifiable", "baseline"), ("verifiable", "shuffled"), ("verifiable", "position_only"))
 MAX_ENUMERATED = 20
+BUDGET = ("steps", "tokens")
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,7 @@ class Contrast:
     high: float
     seeds_better: int
     seeds_worse: int
+    seed_sd: float
     p: float
     p_holm: float
     p_wilcoxon: float
@@ -53,6 +55,10 @@ def read_arms(arms: Sequence[str], seeds: Sequence[int], metrics: Path, verdicts
     """Each arm's results in the order of `seeds`, all comparable with each other; CompareError where one is missing or differs."""
     found = {arm: [read_result(f"{arm}-{seed}", metrics, verdicts) for seed in seeds] for arm in arms}
     check_comparable([result for results in found.values() for result in results])
+    for place, seed in enumerate(seeds):
+        budgets = {arm: tuple(results[place].training[key] for key in BUDGET) for arm, results in found.items()}
+        if len(set(budgets.values())) > 1:
+            raise CompareError(f"seed {seed}: the arms differ in {' and '.join(BUDGET)}: {budgets}; train them on the same data and budget")
     return found
 
 
@@ -97,7 +103,8 @@ def contrast(arm: str, ours: np.ndarray, against: str, theirs: np.ndarray, bench
     better, worse = int((by_seed > 0).sum()), int((by_seed < 0).sum())
     return Contrast(
         arm, against, benchmark, (arm, against) in PRIMARY, *d_SP.shape, float(d_SP.mean()), stderr, float(low), float(high),
-        better, worse, p, p, wilcoxon(by_seed), mcnemar(better, worse), minimum_detectable(stderr),
+        better, worse, float(by_seed.std(ddof=1)) if len(by_seed) > 1 else math.nan,
+        p, p, wilcoxon(by_seed), mcnemar(better, worse), minimum_detectable(stderr),
     )  # fmt: skip
 
 
@@ -129,5 +136,5 @@ def arm_rows(found: Mapping[str, Sequence[Result]]) -> list[dict[str, Any]]:
         columns["validation_ce_head0"] = np.array([result.training["validation_ce_head0"] for result in results])
         for name, values in columns.items():
             row |= {name: float(values.mean()), f"{name}_sd": float(values.std(ddof=1)) if len(values) > 1 else math.nan}
-        rows.append(row | {key: results[0].training[key] for key in ("parameters", "train_flops")})
+        rows.append(row | {key: results[0].training[key] for key in ("steps", "tokens", "parameters", "train_flops")})
     return rows

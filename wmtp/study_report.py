@@ -18,6 +18,9 @@ def page(arms: Sequence[Mapping[str, Any]], contrasts: Sequence[Mapping[str, Any
         "## Arms",
         grid(*_arms(arms, benchmarks)),
         paragraph(
+            f"Every arm: {arms[0]['steps']:.0f} steps, {arms[0]['tokens']:,.0f} tokens. FLOPs are those of the policy's own training."
+        ),
+        paragraph(
             f"pass@1 in percent, mean of {n_seeds} training seeds ± their standard deviation; {counts}. CE: head 0, held-out programs."
         ),
     ]
@@ -25,10 +28,11 @@ def page(arms: Sequence[Mapping[str, Any]], contrasts: Sequence[Mapping[str, Any
         blocks += [heading, grid(*_contrasts(rows))] if rows else []
     blocks += [
         paragraph(
-            f"Differences of pass@1 in points, paired by seed and problem. Interval and p: {resamples:,} bootstrap resamples of seeds and"
-            " of problems, drawn independently. Holm p: p adjusted for all rows of its table (*: below"
-            f" {ALPHA:g}). Wilcoxon, sign: exact tests over the seeds' means. MDE: minimum detectable effect, the smallest true difference"
-            " that one unadjusted 5 % test would find with 80 % power."
+            f"Differences of pass@1 in points, paired by seed and problem; seed sd: their standard deviation between seeds. Interval, p:"
+            f" {resamples:,} bootstrap resamples of seeds and of problems, drawn independently. Holm p: p adjusted for all rows of its"
+            f" table (*: below {ALPHA:g}, and Wilcoxon's too). Wilcoxon, sign: exact tests over the seeds' means, which with {n_seeds}"
+            f" seeds cannot fall below {2 / 2**n_seeds:.3f}. MDE: minimum detectable effect, the smallest true difference that one"
+            " unadjusted 5 % test would find with 80 % power, by normal quantiles, hence optimistic for few seeds."
         ),
         "## What the intervals cover",
         paragraph(
@@ -53,12 +57,13 @@ def _arms(arms: Sequence[Mapping[str, Any]], benchmarks: Sequence[str]) -> tuple
 
 
 def _contrasts(rows: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]], int]:
-    header = ["contrast", "benchmark", "difference", "95 % interval", "p", "Holm p ", "Wilcoxon", "sign", "MDE"]
+    header = ["contrast", "benchmark", "difference", "95 % interval", "seed sd", "p", "Holm p ", "Wilcoxon", "sign", "MDE"]
     cells = [
         [
             f"{one['arm']} - {one['against']}", title(one["benchmark"]), points(one["difference"]),
-            f"{points(one['low'])} to {points(one['high'])}", p_value(one["p"]),
-            p_value(one["p_holm"]) + ("*" if one["p_holm"] < ALPHA else " "), p_value(one["p_wilcoxon"]), p_value(one["p_sign"]),
+            f"{points(one['low'])} to {points(one['high'])}", f"{100 * one['seed_sd']:.1f}",
+            p_value(one["p"]), p_value(one["p_holm"]) + ("*" if max(one["p_holm"], one["p_wilcoxon"]) < ALPHA else " "),
+            p_value(one["p_wilcoxon"]), p_value(one["p_sign"]),
             "n/a" if one["mde"] is None else f"{100 * one['mde']:.1f}",
         ]
         for one in rows

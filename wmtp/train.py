@@ -23,7 +23,7 @@ from wmtp.bundle import bundle_sha256
 from wmtp.model import Transformer, load_bundle
 from wmtp.optim import build_optimizer, learning_rate
 from wmtp.params import OPERATIONAL
-from wmtp.policy import PolicyObjective, check_faults
+from wmtp.policy import PolicyObjective, check_faults, check_reached
 from wmtp.progress import Bar
 from wmtp.records import write_text
 from wmtp.tokens import TokenData, check_same_tokenizer
@@ -105,6 +105,8 @@ def train_step(
         if "faults" in sums:
             check_faults(sums["faults"])
         raise NotFinite(f"gradient norm is {norm.item()}")
+    if "w" in sums:
+        check_reached(float(world.sum(sums["w"].sum())), objective.count(step))
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return sums, norm

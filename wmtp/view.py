@@ -30,7 +30,9 @@ def declared_keys(stage: str, pipeline: dict[str, Any], values: Mapping[str, Any
     if axes := entry.get("matrix"):
         lists = [_resolve(values, axis.strip("${}")) if isinstance(axis, str) else axis for axis in axes.values()]
         cells = (dict(zip(axes, cell)) for cell in itertools.product(*lists))
-        item = next(cell for cell in cells if "-".join(map(str, cell.values())) == instance)
+        item = next((cell for cell in cells if "-".join(map(str, cell.values())) == instance), None)
+        if item is None:
+            raise ParameterError(f"stage {stage}: dvc.yaml's matrix has no cell {instance!r}")
 
     def fill(text: str) -> str:
         text = text.replace("${key}", instance).replace("${item}", instance)

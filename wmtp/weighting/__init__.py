@@ -7,73 +7,10 @@ settings of the method's block, and what it asks for by name: `beta` and `seed` 
 numbers for the log), and `fitted`, what the file's own `fit(steps, **settings)` found in one pass over the split before the training.
 """
 
-import ast
-import importlib
-import inspect
-from collections.abc import Callable, Mapping
-from functools import cache
-from pathlib import Path
-from types import ModuleType
-from typing import Any, Literal, NamedTuple
-
-from torch import Tensor
-
+from wmtp.weighting.method import Method, array_names, keywords
 from wmtp.weighting.projection import concentration, project_mean_one
 
 __all__ = ["METHODS", "Method", "array_names", "concentration", "keywords", "project_mean_one"]
-
-
-@cache
-def _parameters(function: Callable[..., Any]) -> tuple[tuple[str, ...], frozenset[str]]:
-    found = inspect.signature(function).parameters.values()
-    return (
-        tuple(one.name for one in found if one.kind in (one.POSITIONAL_ONLY, one.POSITIONAL_OR_KEYWORD)),
-        frozenset(one.name for one in found if one.kind == one.KEYWORD_ONLY),
-    )
-
-
-def array_names(function: Callable[..., Any]) -> tuple[str, ...]:
-    """The arrays that a weighting asks for, in its own order."""
-    return _parameters(function)[0]
-
-
-def keywords(function: Callable[..., Any]) -> frozenset[str]:
-    """The keyword parameters that a weighting names."""
-    return _parameters(function)[1]
-
-
-class Method(NamedTuple):
-    """A file of this package, the cached signal that it reads, and whether its weights need the training forward."""
-
-    weighting: str
-    signal: Literal["critic", "reference"] | None = None
-    needs_forward: bool = False
-
-    def module(self) -> ModuleType:
-        """Imported on use: a method depends on its own file and what that imports."""
-        return importlib.import_module(f"wmtp.weighting.{self.weighting}")
-
-    def source_files(self) -> list[Path]:
-        """The weighting's own file and those of wmtp that it imports, at any depth: what its weights depend on beside its settings."""
-        root, found, waiting = Path(__file__).parents[1], set(), [Path(__file__).with_name(f"{self.weighting}.py")]
-        while waiting:
-            found.add(file := waiting.pop())
-            names = [node.module for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.ImportFrom) and node.module]
-            files = {root.joinpath(*name.split(".")[1:]).with_suffix(".py") for name in names if name.startswith("wmtp.")}
-            waiting += [file for file in files if file.is_file() and file not in found]
-        return sorted(found)
-
-    def function(self) -> Callable[..., Tensor]:
-        return self.module().head_weights if self.needs_forward else self.module().token_weights
-
-    def weigh(self, arrays: Mapping[str, Any], settings: Mapping[str, Any]) -> Tensor:
-        """The function's weights of a batch whose arrays are given by name."""
-        function = self.function()
-        unknown = [name for name in array_names(function) if name not in arrays]
-        if unknown:
-            raise ValueError(f"wmtp.weighting.{self.weighting} asks for {', '.join(unknown)}; a step has {', '.join(arrays)}")
-        return function(*(arrays[name] for name in array_names(function)), **settings)
-
 
 METHODS: dict[str, Method] = {
     "ntp": Method("uniform"),
@@ -97,5 +34,8 @@ METHODS: dict[str, Method] = {
     "loss_topk": Method("loss_topk", needs_forward=True),
     "crr_binary": Method("crr_binary", signal="critic"),
     "head_decay": Method("head_decay", needs_forward=True),
+    # One network that is policy and critic (wmtp.shared): values of the same forward, and the same value loss without their weights.
+    "verifiable_shared": Method("advantage", needs_forward=True),
+    "uniform_shared": Method("uniform"),
     "adamtp_mask": Method("adamtp_mask", needs_forward=True),
 }

@@ -4,12 +4,14 @@ The critic's values are out of fold and cached, so the weights of a whole optimi
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from wmtp.advantage import policy_advantage
-from wmtp.weighting.projection import concentration, project_mean_one, shares_at_bounds
+from wmtp.align import align_future
+from wmtp.weighting.projection import concentration, project_mean_one, shares_at_bounds, total
 
 _BETA_BISECTIONS = 40
 
@@ -22,33 +24,95 @@ def token_weights(
     beta: float,
     gamma: float,
     lam: float | str,
+    terminal_credit: bool = False,
+    policy_on_incorrect: str = "value_only",
+    notes: dict[str, float] | None = None,
+    **exponential: Any,
+) -> Tensor:
+    """Weights [B, T] float32 with mean 1 over the response tokens of all B rows, which are a whole optimizer step over all ranks.
+
+    `signal_BT` are the critic's values by state (probabilities of passing, 0..1); only their differences enter. `terminal_credit` pays
+    `is_correct_B` as the reward at the last token. `exponential` are the settings of `exponential_weights`; `policy_on_incorrect`
+    `binary` has none and takes 1[A > 0] for every row in their place. Which rows a step has is not decided here.
+    """
+    advantage_BT = _advantage(signal_BT, response_BT, is_correct_B, gamma, lam, terminal_credit)
+    if policy_on_incorrect == "binary":
+        return positive_weights(advantage_BT, response_BT)
+    return exponential_weights(advantage_BT, response_BT, beta=beta, notes=notes, **exponential)
+
+
+def exponential_weights(
+    advantage_BT: Tensor,
+    response_BT: Tensor,
+    *,
+    beta: float,
     sigma_floor: float,
     z_clip: float,
     weight_clip_min: float,
     weight_clip_max: float,
     concentration_floor: float,
-    terminal_credit: bool = False,
     notes: dict[str, float] | None = None,
 ) -> Tensor:
-    """Weights [B, T] float32 with mean 1 over the response tokens of all B rows, which are a whole optimizer step over all ranks.
+    """exp(z / beta), projected [B, T] float32. `beta` is the temperature (usual 0.3 to 1; towards infinity: uniform).
 
-    `signal_BT` are the critic's values by state (probabilities of passing, 0..1); only their differences enter. `beta` is the
-    temperature (usual 0.3 to 1; towards infinity: uniform). `sigma_floor` keeps a dead critic from being whitened into confident
-    weights. When the weights' concentration falls below its floor, beta is raised by bisection until it holds. `notes` takes the beta
-    that was used and the shares of tokens at either bound. `terminal_credit` pays `is_correct_B` as the reward at the last token.
+    `sigma_floor` keeps a dead critic from being whitened into confident weights. When the weights' concentration falls below its floor,
+    beta is raised by bisection until it holds. `notes` takes the beta that was used and the shares of tokens at either bound.
     """
-    reward_B = is_correct_B.double() if terminal_credit and is_correct_B is not None else None
-    advantage_BT = policy_advantage(signal_BT.detach().double(), response_BT, gamma, row_lam(lam, response_BT), terminal_credit, reward_B)
     z_BT = standardise(advantage_BT, response_BT, sigma_floor).clamp(-z_clip, z_clip)
 
     def weights(temperature: Tensor) -> Tensor:
         return project_mean_one(torch.exp((z_BT - z_BT.max()) / temperature), response_BT, weight_clip_min, weight_clip_max)
 
-    used = _raised(torch.tensor(beta, dtype=torch.float64, device=signal_BT.device), weights, response_BT, concentration_floor)
+    used = _raised(torch.tensor(beta, dtype=torch.float64, device=advantage_BT.device), weights, response_BT, concentration_floor)
     weight_BT = weights(used)
     if notes is not None:
         notes |= {"beta": float(used)} | shares_at_bounds(weight_BT, response_BT, weight_clip_min, weight_clip_max)
     return weight_BT.float()
+
+
+def positive_weights(advantage_BT: Tensor, response_BT: Tensor, always_BT: Tensor | None = None) -> Tensor:
+    """1[A > 0] scaled to mean 1: N / m on the m response tokens of the step with A > 0 or in `always_BT`, 0 elsewhere [B, T] float32.
+
+    A step with tokens but without one of positive advantage is an error.
+    """
+    positive_BT, n = (advantage_BT > 0) & response_BT, int(response_BT.sum())
+    if n and not bool(positive_BT.any()):
+        raise ValueError(f"A > 0 on none of the step's {n} tokens, expected some; is the critic constant? see metrics/critic.json")
+    chosen_BT = positive_BT if always_BT is None else positive_BT | (always_BT & response_BT)
+    return chosen_BT.float() * (n / max(int(chosen_BT.sum()), 1))
+
+
+def head_weights(
+    ce_BTF: Tensor,
+    signal_BT: Tensor,
+    response_BT: Tensor,
+    is_correct_B: Tensor | None = None,
+    *,
+    beta: float,
+    gamma: float,
+    lam: float | str,
+    sigma_floor: float,
+    z_clip: float,
+    weight_clip_min: float,
+    weight_clip_max: float,
+    terminal_credit: bool = False,
+) -> Tensor:
+    """`token_weights` for values of the forward itself: mean, standardisation and projection are of each row; [B, T, F] float32.
+
+    There is no floor of concentration: its search would wait for the device, and within the usual bounds it does not bind.
+    """
+    advantage_BT = _advantage(signal_BT, response_BT, is_correct_B, gamma, lam, terminal_credit)
+    z_BT = standardise(advantage_BT, response_BT, sigma_floor, by_row=True).clamp(-z_clip, z_clip)
+    u_BT = torch.exp((z_BT - z_BT.amax(1, keepdim=True)) / beta)
+    weight_BT = project_mean_one(u_BT, response_BT, weight_clip_min, weight_clip_max, by_row=True)
+    return align_future(weight_BT.float(), ce_BTF.shape[2], 0.0)
+
+
+def _advantage(
+    signal_BT: Tensor, response_BT: Tensor, is_correct_B: Tensor | None, gamma: float, lam: float | str, terminal_credit: bool
+) -> Tensor:
+    reward_B = is_correct_B.double() if terminal_credit and is_correct_B is not None else None
+    return policy_advantage(signal_BT.detach().double(), response_BT, gamma, row_lam(lam, response_BT), terminal_credit, reward_B)
 
 
 def _raised(beta: Tensor, weights: Callable[[Tensor], Tensor], valid_BT: Tensor, floor: float) -> Tensor:
@@ -63,11 +127,11 @@ def _raised(beta: Tensor, weights: Callable[[Tensor], Tensor], valid_BT: Tensor,
     return high
 
 
-def standardise(q_BT: Tensor, valid_BT: Tensor, sigma_floor: float) -> Tensor:
-    """(q - mean) / max(std, sigma_floor) over the valid entries, float64, 0 elsewhere."""
-    q_BT, n = q_BT.double() * valid_BT, valid_BT.sum().clamp(min=1)
-    centred = (q_BT - q_BT.sum() / n) * valid_BT
-    sigma = (centred.square().sum() / n).sqrt()
+def standardise(q_BT: Tensor, valid_BT: Tensor, sigma_floor: float, by_row: bool = False) -> Tensor:
+    """(q - mean) / max(std, sigma_floor) over the valid entries, or those of each row, float64, 0 elsewhere."""
+    q_BT, n = q_BT.double() * valid_BT, total(valid_BT, by_row).clamp(min=1)
+    centred = (q_BT - total(q_BT, by_row) / n) * valid_BT
+    sigma = (total(centred.square(), by_row) / n).sqrt()
     return centred / sigma.clamp(min=sigma_floor)
 
 

@@ -1,20 +1,18 @@
 """Binary critic-regularised regression: train on the tokens of positive advantage, 1[A > 0] (Wang et al. 2020, 2006.15134)."""
 
 from torch import Tensor
+from torch.nn import functional
 
 from wmtp.advantage import policy_advantage
-from wmtp.weighting.advantage import row_lam
+from wmtp.weighting.advantage import positive_weights, row_lam
 
 
 def token_weights(signal_BT: Tensor, response_BT: Tensor, *, gamma: float, lam: float | str) -> Tensor:
-    """N / m on the m response tokens of the step with A > 0, 0 elsewhere [B, T] float32; a step without any is an error.
+    """N / m on the m response tokens of the step with A > 0 and on each row's last, 0 elsewhere [B, T] float32.
 
-    `signal_BT` are the critic's values by state, the rows a whole optimizer step.
+    `signal_BT` are the critic's values by state, the rows a whole optimizer step. The last token, the end of text, has no advantage by
+    construction; without it the policy would never learn to stop. A step without any A > 0 is an error.
     """
-    positive_BT = (policy_advantage(signal_BT.detach().double(), response_BT, gamma, row_lam(lam, response_BT)) > 0) & response_BT
-    n, m = int(response_BT.sum()), int(positive_BT.sum())
-    if n and not m:
-        raise ValueError(
-            f"crr_binary: A > 0 on none of the step's {n} tokens, expected some; is the critic constant? see metrics/critic.json"
-        )
-    return positive_BT.float() * (n / max(m, 1))
+    advantage_BT = policy_advantage(signal_BT.detach().double(), response_BT, gamma, row_lam(lam, response_BT))
+    last_BT = response_BT & ~functional.pad(response_BT[:, 1:], (0, 1), value=False)
+    return positive_weights(advantage_BT, response_BT, last_BT)

@@ -17,8 +17,10 @@ def token_weights(
 ) -> Tensor:
     """Tokens in the span [start, end) count `emphasis` times another token's before the projection; [B, T] float32, mean 1 over the step.
 
-    In a row whose place is unknown (-1) all tokens count alike.
+    In a row whose place is unknown (-1) all tokens count alike; a step without any known place is an error.
     """
+    if bool(response_BT.any()) and not bool((span_B2[:, 0] >= 0).any()):
+        raise ValueError("oracle: no row of the step has a known decisive place, expected the micro task's pairs; use another method here")
     place_T = torch.arange(response_BT.shape[1], device=response_BT.device)
     inside_BT = (place_T >= span_B2[:, :1]) & (place_T < span_B2[:, 1:])
     u_BT = torch.where(inside_BT, emphasis, 1.0).double()

