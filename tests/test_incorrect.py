@@ -152,7 +152,7 @@ def test_binary_is_no_form_of_the_controls_that_it_would_leave_without_a_weight_
 
 def test_only_what_trains_on_incorrect_programs_reads_pairs():
     adapter = TypeAdapter(AnyMethod)
-    assert not any(reads_pairs(adapter.validate_python(methods.block(name))) for name in METHODS)
+    assert not any(reads_pairs(adapter.validate_python(methods.block(name))) for name in methods.SEPARATE)
     assert all(reads_pairs(adapter.validate_python(block(form))) for form in FORMS)
 
 
