@@ -258,9 +258,9 @@ class UniformMethod(Method):
 class SharedMethod(Method):
     """A policy with a value head on its own trunk, which learns from pairs of a correct and an incorrect program."""
 
-    critic: Literal["shared"]
+    critic: Literal["shared"] = Field(description="values of the same forward; nothing cached")
     value_coef: Annotated[float, Field(gt=0)] = Field(description="weight of the value loss, a mean over the step's rows")
-    value_loss: ValueLoss
+    value_loss: ValueLoss = Field(description="as critic.loss, without its anchor")
     policy_on_incorrect: Literal["value_only", "weighted"] = Field(
         description="value_only: incorrect programs train the value alone; weighted: the policy too, weighed as the correct ones"
     )
@@ -292,7 +292,7 @@ class AdvantageMethod(Method, Exponential):
     """The critic's weights, and the controls that go through the same pipeline."""
 
     weighting: Literal["advantage", "shuffled", "constant_critic", "random_matched"]
-    critic: Literal["separate"]
+    critic: Literal["separate"] = Field(description="a network of its own, whose values are cached")
     policy_on_incorrect: Literal["value_only", "weighted"] = Field(
         description="value_only: correct programs alone; weighted: pairs of a correct and an incorrect one, weighed alike"
     )
@@ -303,8 +303,8 @@ class PositiveAdvantageMethod(Method):
     """1[A > 0] on pairs of a correct and an incorrect program."""
 
     weighting: Literal["advantage", "shuffled"]
-    critic: Literal["separate"]
-    policy_on_incorrect: Literal["binary"]
+    critic: Literal["separate"] = Field(description="a network of its own, whose values are cached")
+    policy_on_incorrect: Literal["binary"] = Field(description="pairs of a correct and an incorrect program, both weighed 1[A > 0]")
     gamma: Annotated[float, Field(gt=0, le=1)]
     lam: Fraction | Literal["length_adaptive"]
     terminal_credit: bool = Field(description="pay R - v at the last token too")
