@@ -17,7 +17,7 @@ from wmtp.batches import Batch, share
 from wmtp.bundle import ModelArgs
 from wmtp.model import Transformer
 from wmtp.params import AnyMethod, UniformMethod
-from wmtp.policy import PolicyObjective, WeightError, check_faults, check_weights, policy_objective, policy_signal
+from wmtp.policy import PolicyObjective, WeightError, check_faults, check_reached, check_weights, policy_objective, policy_signal
 from wmtp.scores import write_scores
 from wmtp.tokens import Row, TokenData, write_split
 from wmtp.train import train_step
@@ -630,12 +630,33 @@ def token_data(tmp_path):
 def test_signals_are_read_by_row_and_a_failed_gate_is_refused(token_data, tmp_path):
     values = [np.array([0.1, 0.2, 0.3, 0.4], dtype=np.float32), np.array([0.5, 0.6, 0.7], dtype=np.float32)]
     passed, failed = tmp_path / "passed.safetensors", tmp_path / "failed.safetensors"
-    write_scores(passed, values, token_data, "c" * 64)
-    write_scores(failed, values, token_data, "c" * 64, gate_passed=False)
+    write_scores(passed, values, token_data, "c" * 64, unit="probability")
+    write_scores(failed, values, token_data, "c" * 64, gate_passed=False, unit="probability")
     assert policy_signal("baseline", "nowhere", token_data, never) == (None, {})
     for path, train_anyway in ((passed, never), (failed, lambda: True)):
         row, inputs = policy_signal("verifiable", str(path), token_data, train_anyway)
         assert row(0).tolist() == values[0].tolist() and row(1).tolist() == values[1].tolist() and set(inputs) == {"signal"}
     with pytest.raises(WeightError, match=r"failed the quality gate.*train_anyway: true"):
         policy_signal("verifiable", str(failed), token_data, lambda: False)
-    assert policy_signal("rho1", str(failed), token_data, never)[0](1).tolist() == values[1].tolist()
+
+
+def test_another_signals_scores_are_refused(token_data, tmp_path):
+    values = [np.full(4, 0.1, dtype=np.float32), np.full(3, 0.2, dtype=np.float32)]
+    for unit, right, wrong in (("nats", "rho1", "verifiable"), ("probability", "verifiable", "rho1"), ("logit", "shuffled", "rho1")):
+        file = tmp_path / unit / f"{METHODS[right].signal}.safetensors"
+        write_scores(file, values, token_data, "c" * 64, unit=unit)
+        assert policy_signal(right, str(file), token_data, never)[0](1).tolist() == values[1].tolist()
+        assert policy_signal(right, str(file.parent), token_data, never)[0](1).tolist() == values[1].tolist()
+        with pytest.raises(WeightError, match=f"scores in units of {unit}, expected .*another signal's file"):
+            policy_signal(wrong, str(file), token_data, never)
+    file = tmp_path / "logit" / "critic.safetensors"
+    with pytest.raises(WeightError, match="terminal_credit pays a reward of 0 or 1"):
+        policy_signal("verifiable", str(file), token_data, never, terminal_credit=True)
+
+
+@pytest.mark.parametrize(("w", "n", "ok"), [(8.0, 8, True), (0.0, 8, False), (7.99, 8, False), (float("nan"), 8, False)])
+def test_weights_that_do_not_reach_the_loss_are_found(w, n, ok):
+    if ok:
+        return check_reached(w, n)
+    with pytest.raises(WeightError, match="weights that reached the loss have mean"):
+        check_reached(w, n)
