@@ -597,7 +597,7 @@ def test_a_fitted_method_sees_one_pass_of_the_split_before_it_trains():
     steps = [whole_step("position_only", seed=seed) for seed in (1, 2)]
     fitted = made("position_only", beta=lambda: 0.9, steps=lambda: steps).settings["fitted"]
     other = made("position_only", beta=lambda: 0.9, steps=lambda: steps[:1]).settings["fitted"]
-    assert fitted.shape == (5,) and not torch.equal(fitted, other)
+    assert fitted.shape == (6,) and not torch.equal(fitted, other)
 
 
 def test_a_weighting_that_names_an_array_no_step_has_is_refused():
