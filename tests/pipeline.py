@@ -62,7 +62,9 @@ def built(shared: Path) -> Path:
 def cloned(source: Path, folder: Path) -> Path:
     """A clone of `source` with its results, over the same cache."""
     run(ROOT, "git", "clone", "-q", str(source), str(folder))
-    run(folder, "dvc", "cache", "dir", "--local", run(source, "dvc", "cache", "dir").stdout.strip())
+    # In git, not --local: an experiment in a directory of its own sees what git has, and without the cache would run everything again.
+    run(folder, "dvc", "cache", "dir", run(source, "dvc", "cache", "dir").stdout.strip())
+    run(folder, "git", "commit", "-qam", "cache", check=False)
     run(folder, "dvc", "checkout", "-q", "dvc.yaml")
     return folder
 
