@@ -82,7 +82,7 @@ def test_a_study_trains_every_arm_with_every_seed_and_a_further_arm_alone_when_i
     trained = {arm: json.loads((folder / f"study/metrics/{arm}-1/train.json").read_text()) for arm in arms}
     assert trained["ntp_full"]["parameters"] == trained["baseline"]["parameters"]
     before = {name: (folder / f"study/models/{name}/metadata.json").stat().st_mtime_ns for name in study_cells(folder)}
-    block = "  focal: {weighting: focal, n_future: 4, mix: 1.0, head_weights: null, focusing: 2.0}"
+    block = "  focal: {weighting: focal, n_future: 4, mix: 1.0, head_weights: null, scope: sequence, focusing: 2.0}"
     added = file.read_text().replace("\nevaluation:", f"{block}\n\nevaluation:", 1)
     file.write_text(added.replace("arms: [baseline, ntp_full, shuffled]", "arms: [baseline, ntp_full, shuffled, focal]"))
     run(folder, "launch/study", "2")
