@@ -136,6 +136,29 @@ def test_declared_keys_fill_in_the_cell_of_a_matrix():
     assert declared_keys("train@b_c-2", {"stages": {"train": stage}}, {"study": {"arms": ["b_c"]}}) == ["m.b_c", "s.2"]
 
 
+def test_a_cell_that_the_matrix_lacks_is_an_error():
+    stage = {"matrix": {"arm": ["a"], "seed": [1]}, "params": []}
+    with pytest.raises(ParameterError, match="no cell 'a-2'"):
+        declared_keys("train@a-2", {"stages": {"train": stage}})
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("seeds", [1, 1, 2]),
+        ("seeds", [1]),
+        ("arms", ["rho1", "ntp"]),
+        ("arms", ["baseline", "baseline"]),
+        ("arms", ["baseline", "dpo"]),
+    ],
+)
+def test_a_study_that_could_not_be_compared_is_refused(key, value):
+    values = copy.deepcopy(COMMITTED)
+    values["study"][key] = value
+    with pytest.raises(ParameterError, match=r"expected 2 at least|expected baseline|none of methods"):
+        validate(values)
+
+
 @pytest.fixture
 def pipeline_folder(tmp_path):
     shutil.copy(ROOT / "params.yaml", tmp_path)

@@ -130,3 +130,20 @@ def test_the_page_and_the_picture(tmp_path):
     for name in ("one.png", "two.png"):
         study_report.draw([asdict(one) for one in rows], by_seed, tmp_path / name)
     assert (tmp_path / "one.png").read_bytes() == (tmp_path / "two.png").read_bytes()
+
+
+def test_arms_of_another_budget_are_refused(monkeypatch, tmp_path):
+    results = {f"{arm}-{seed}": found for arm, row in drawn(("baseline", "rho1"), 2).items() for seed, found in enumerate(row)}
+    monkeypatch.setattr(study, "read_result", lambda name, metrics, verdicts: results[name])
+    assert set(study.read_arms(["baseline", "rho1"], [0, 1], tmp_path, tmp_path)) == {"baseline", "rho1"}
+    results["rho1-1"].training["tokens"] = 901
+    with pytest.raises(CompareError, match="seed 1: the arms differ in steps and tokens"):
+        study.read_arms(["baseline", "rho1"], [0, 1], tmp_path, tmp_path)
+
+
+@pytest.mark.parametrize(("p_holm", "p_wilcoxon", "starred"), [(0.01, 0.03, True), (0.01, 0.06, False), (0.06, 0.03, False)])
+def test_a_star_needs_both_tests(p_holm, p_wilcoxon, starred):
+    found = drawn()
+    rows = [asdict(one) | {"p_holm": p_holm, "p_wilcoxon": p_wilcoxon} for one in contrasts(found, "baseline", 100)]
+    text = study_report.page(study.arm_rows(found), rows, ["humaneval"], 100)
+    assert (f"{p_holm:.3f}*" in text) == starred
