@@ -495,6 +495,21 @@ def test_a_step_with_a_fault_changes_no_weight_and_says_what_it_was(weight, mess
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
+@pytest.mark.parametrize("lose", [torch.zeros_like, lambda weight_BT: weight_BT.roll(1, 1)], ids=["gone", "one place late"])
+def test_weights_that_are_lost_after_their_check_change_no_model(lose):
+    class Losing(PolicyObjective):
+        def prepare(self, step):
+            ready = super().prepare(step)
+            return replace(ready, weight_BT=lose(ready.weight_BT))
+
+    model = small_model(torch.float64)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    optimizer, one_rank = torch.optim.SGD(model.parameters(), lr=1.0), World(0, 1, torch.device("cpu"))
+    with pytest.raises(WeightError, match="weights that reached the loss have mean"):
+        train_step(model, optimizer, Losing(METHODS["baseline"], {}, F), whole_step(), one_rank, 40, 1.0)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
 class Waits(TorchDispatchMode):
     """Operations whose result the host has to see, or that copy from the host, while a training step runs."""
 
