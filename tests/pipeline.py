@@ -8,7 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tests.house import ROOT
+from wmtp.dependencies import ROOT
 
 METHODS = ("ntp", "baseline", "verifiable", "rho1")
 

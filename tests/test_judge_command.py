@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.house import ROOT
+from wmtp.dependencies import ROOT
 from wmtp.judge.files import left_out, read_problems, read_samples
 from wmtp.passk import pass_at_k
 from wmtp.protocols import PROTOCOLS

@@ -9,7 +9,7 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from tests import methods
-from tests.house import ROOT
+from wmtp.dependencies import ROOT
 from wmtp.overlay import merged
 from wmtp.params import AnyMethod, ParameterError, Params, Section, read_yaml, validate
 from wmtp.view import declared_keys, load, split_arguments

@@ -7,8 +7,8 @@ import sys
 import pytest
 import yaml
 
-from tests.house import ROOT
 from tests.pipeline import METHODS, cloned, restored, run, stages_run
+from wmtp.dependencies import ROOT
 
 pytestmark = pytest.mark.slow
 

@@ -3,7 +3,7 @@
 import re
 import subprocess
 
-from tests.house import ROOT
+from wmtp.dependencies import ROOT
 
 README = (ROOT / "README.md").read_text()
 

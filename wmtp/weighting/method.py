@@ -1,6 +1,5 @@
 """A row of the table of methods: a weighting's file, found and called by the names of its parameters."""
 
-import ast
 import importlib
 import inspect
 from collections.abc import Callable, Mapping
@@ -11,15 +10,7 @@ from typing import Any, Literal, NamedTuple
 
 from torch import Tensor
 
-ROOT = Path(__file__).parents[1]
-
-
-def imported(file: Path) -> set[Path]:
-    """The files of wmtp that `file` imports from: `from wmtp.x import y` is wmtp/x.py, or wmtp/x/y.py where x is a package."""
-    nodes = [node for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.ImportFrom) and node.module]
-    names = {name for node in nodes for name in (node.module, *(f"{node.module}.{alias.name}" for alias in node.names))}
-    files = {ROOT.joinpath(*name.split(".")[1:]).with_suffix(".py") for name in names if name.startswith("wmtp.")}
-    return {file for file in files if file.is_file()}
+from wmtp import dependencies
 
 
 @cache
@@ -53,13 +44,8 @@ class Method(NamedTuple):
         return importlib.import_module(f"wmtp.weighting.{self.weighting}")
 
     def source_files(self) -> dict[str, Path]:
-        """What its weights depend on beside its settings: its own file and those of wmtp that it imports at any depth, by path in wmtp."""
-        found, waiting = {}, [Path(__file__).with_name(f"{self.weighting}.py")]
-        while waiting:
-            file = waiting.pop()
-            found[file.relative_to(ROOT).as_posix()] = file
-            waiting += [target for target in imported(file) if target.relative_to(ROOT).as_posix() not in found]
-        return dict(sorted(found.items()))
+        """What its weights depend on beside its settings: its own file and those that it imports at any depth, by path in the project."""
+        return dependencies.source_files(Path(__file__).with_name(f"{self.weighting}.py"))
 
     def function(self) -> Callable[..., Tensor]:
         return self.module().head_weights if self.needs_forward else self.module().token_weights
