@@ -23,7 +23,7 @@ BOTH = [
     "benchmarks tracking",
 ]
 TRAINING = [
-    "align advantage bundle world optim noise",
+    "align advantage bundle world optim noise pickled",
     "weighting model checkpoint convert slicing sources",
     "tokens generate",
     "batches scores sampling",

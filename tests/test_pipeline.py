@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.pipeline import METHODS, after, cloned, environment, restored, run, stages_run
+from tests.pipeline import EACH, METHODS, after, cloned, environment, restored, run, stages_run
 
 pytestmark = pytest.mark.slow
 
@@ -104,13 +104,6 @@ def test_killed_in_the_middle_of_training_it_goes_on(finished):
         time.sleep(0.2)
     run(finished, "dvc", "repro")
     assert yaml.safe_load((finished / "dvc.lock").read_text()) == yaml.safe_load(before)
-
-
-EACH = (
-    "fetch-checkpoint", "fetch-data", "convert-meta-checkpoint", "build-micro-model", "prepare-and-validate-datasets",
-    "warm-up", "tune-reference", "score-reference", "critic-pretrain", "score-critic", "train@verifiable", "sample@rho1",
-    "evaluate-humaneval-mbpp@start", "compare",
-)  # fmt: skip
 
 
 @pytest.mark.stress

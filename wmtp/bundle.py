@@ -387,7 +387,7 @@ def hash_files(folder: Path, names: list[str]) -> dict[str, str]:
 def require_space(folder: Path, n_bytes: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < n_bytes:
-        raise BundleError(f"{folder.parent}: needs {n_bytes / 1e9:.2f} GB of disk, {free / 1e9:.2f} GB are free; free some and run again")
+        raise BundleError(f"{folder.parent}: needs {n_bytes / 1e9:.3f} GB of disk, {free / 1e9:.3f} GB are free; free some and run again")
 
 
 @contextlib.contextmanager

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from wmtp import pickled
 from wmtp.bundle import bundle_sha256, tensor_shapes, write_bundle
 from wmtp.records import atomic_path
 from wmtp.world import World
@@ -59,7 +60,7 @@ def save(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, state
     tensors = _full_state(model, optimizer)
     if world.is_first:
         with atomic_path(folder / "state.pt") as temporary:
-            torch.save({**tensors, "state": json.dumps(state)}, temporary)
+            pickled.save({**tensors, "state": json.dumps(state)}, temporary)
 
 
 def restore(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any] | None:

@@ -107,8 +107,10 @@ def write_meta(folder: Path, args: ModelArgs, tensors: dict) -> None:
     """consolidated.pth and params.json as Meta publishes them: its names, its keys, the rotary frequencies beside the weights."""
     import torch
 
+    from wmtp import pickled
+
     frequencies = args.rope_theta ** -(torch.arange(0, args.head_dim, 2, dtype=torch.float32) / args.head_dim)
-    torch.save(tensors | {"rope.freqs": frequencies.half()}, folder / "consolidated.pth")
+    pickled.save(tensors | {"rope.freqs": frequencies.half()}, folder / "consolidated.pth")
     (folder / "params.json").write_text(json.dumps({key: getattr(args, key) for key in META_KEYS}) + "\n")
 
 

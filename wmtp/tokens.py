@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from wmtp.bundle import atomic_directory
 from wmtp.protocols import instruction_of, render_prompt
 from wmtp.records import Problem, Solution, sha256_file, write_text
 
@@ -129,8 +130,6 @@ def write_split(path: Path, rows: list[Row], problems: list[Problem]) -> dict[st
         "span_start": pa.array([row.span[0] for row in rows], pa.int32()),
         "span_end": pa.array([row.span[1] for row in rows], pa.int32()),
     })  # fmt: skip
-    # A fingerprint of our own: the library's default is random, and DVC would see a change where there is none.
-    Dataset(table, fingerprint="wmtp").save_to_disk(str(path / "rows"))
     by_problem: dict[int, dict[str, list[int]]] = {}
     for number, row in enumerate(rows):
         by_problem.setdefault(row.problem, {"correct": [], "incorrect": []})["correct" if row.is_correct else "incorrect"].append(number)
@@ -144,7 +143,10 @@ def write_split(path: Path, rows: list[Row], problems: list[Problem]) -> dict[st
         }
         for p, found in sorted(by_problem.items())
     ]
-    write_text(path / "problems.json", json.dumps(index, indent=0))
+    with atomic_directory(path, "problems.json") as partial:
+        # A fingerprint of our own: the library's default is random, and DVC would see a change where there is none.
+        Dataset(table, fingerprint="wmtp").save_to_disk(str(partial / "rows"))
+        write_text(partial / "problems.json", json.dumps(index, indent=0))
     n_correct = sum(row.is_correct for row in rows)
     return {
         "problems": len(index), "correct": n_correct, "incorrect": len(rows) - n_correct, "tokens": sum(len(row.input_ids) for row in rows),
