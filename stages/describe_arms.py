@@ -10,15 +10,13 @@ from typing import Any
 from stages import run
 from wmtp.bundle import bundle_sha256
 from wmtp.records import sha256_file, write_text
-from wmtp.weighting import METHODS
+from wmtp.weighting import method_of
 
 
 def work(params: Any, track: Any, scores: str, out: str, start: str, *others: str) -> dict[str, Any]:
     starts = dict(other.split("=", 1) for other in others)
     for arm in params.study.arms:
-        if arm not in METHODS:
-            raise ValueError(f"study.arms: {arm!r} has no row in wmtp.weighting.METHODS, which has {', '.join(METHODS)}")
-        method, own = METHODS[arm], starts.get(arm, start)
+        method, own = method_of(arm, params.methods[arm]), starts.get(arm, start)
         found = {
             **method._asdict(),
             "files": {name: sha256_file(path) for name, path in method.source_files().items()},

@@ -29,8 +29,7 @@ def work(params: Any, track: Any, method: str, start: str, processed: str, signa
         check_same_tokenizer(data.tokenizer_sha256, start, "policy.start")
         policy = load_bundle(start, n_future=settings.n_future, dtype=torch.float32, device=world.device)
         model = shared.network(settings, policy)
-        credit = getattr(settings, "terminal_credit", False)
-        signal_of, inputs = policy_signal(method, signal, data, lambda: params.critic.gate.train_anyway, credit)
+        signal_of, inputs = policy_signal(method, settings, signal, data, lambda: params.critic.gate.train_anyway)
         units = critic.pairs(data) if reads_pairs(settings) else data.correct_rows()
         plan = train.Plan(
             data, units, training.batch_rows // units.ndim, training.n_epochs, training.learning_rate, training.seed, signal_of,

@@ -131,7 +131,10 @@ def test_controls_read_pairs_as_their_critic_does(name):
 
 
 def test_value_only_is_todays_weighting_to_the_bit():
-    step, without = correct_step("verifiable"), {key: value for key, value in methods.PIPELINE.items() if key != "policy_on_incorrect"}
+    step, without = (
+        correct_step("verifiable"),
+        {key: value for key, value in methods.PIPELINE.items() if key not in ("beta", "policy_on_incorrect")},
+    )
     expected = METHODS["verifiable"].function()(step.signal_BT, step.response_BT, beta=0.9, **without)
     assert torch.equal(methods.objective("verifiable").prepare(step).weight_BT, expected)
 

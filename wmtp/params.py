@@ -233,7 +233,7 @@ class Training(Tuning):
     start: None = Field(default=None, exclude=True)
     seed: Annotated[int, Field(ge=0)] = Field(description="order of the policy's rows, and sampling")
     n_epochs: Annotated[float, Field(gt=0)] = Field(description="passes over the policy split, fractions allowed")
-    beta: Annotated[float, Field(gt=0)] = Field(description="temperature of exp(z / beta)")
+    beta: Annotated[float, Field(gt=0)] = Field(description="temperature of exp(z / beta), for methods that set none of their own")
     log_every: Positive = Field(description="optimizer steps")
 
 
@@ -273,6 +273,7 @@ class SharedUniformMethod(SharedMethod):
 class Exponential(Section):
     """From advantages to weights."""
 
+    beta: Annotated[float, Field(gt=0)] | None = Field(description="temperature of exp(z / beta); null: training.beta")
     gamma: Annotated[float, Field(gt=0, le=1)]
     lam: Fraction | Literal["length_adaptive"]
     sigma_floor: Annotated[float, Field(gt=0)] = Field(description="least standard deviation that an advantage is divided by")

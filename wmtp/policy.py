@@ -14,7 +14,7 @@ from wmtp.align import IGNORE, align_future, future_targets
 from wmtp.batches import Batch
 from wmtp.scores import Scores
 from wmtp.tokens import TokenData
-from wmtp.weighting import METHODS, Method, array_names, keywords
+from wmtp.weighting import Method, array_names, keywords, method_of
 from wmtp.world import World
 
 
@@ -161,20 +161,24 @@ STRUCTURE = {"weighting", "n_future", "mix", "head_weights", "critic", "value_co
 """Keys of a method's block that shape its model or loss; all others are its weighting's own arguments."""
 
 
+def reads_beta(settings: Any) -> bool:
+    """Whether a method's block takes training.beta: its weights are exponential, and it sets no beta of its own."""
+    return getattr(settings, "beta", 0.0) is None
+
+
 def policy_objective(
     name: str, settings: Any, beta: Callable[[], float], seed: Callable[[], int], steps: Callable[[], Iterable[Batch]]
 ) -> PolicyObjective:
-    """The objective of methods.`name`. What is not in its block is asked for only where its weighting names it, so that no other method
-    depends on it: `beta`, `seed`, and the `steps` of one pass over the split for a weighting that is fitted to it first.
+    """The objective of methods.`name`, whose block is `settings`. What is not in the block is asked for only where it is read, so that no
+    other method depends on it: `beta` where the block's own is null, and, where its weighting names them, `seed` and the `steps` of one
+    pass over the split that it is fitted to first.
     """
-    method = METHODS.get(name)
-    if method is None or method.weighting != settings.weighting:
-        known = f"{method.weighting!r}" if method else f"one of {', '.join(METHODS)}"
-        raise WeightError(f"methods.{name}: weighting {settings.weighting!r}; wmtp.weighting.METHODS has {known}")
+    method = method_of(name, settings)
     # With a shared critic wmtp.shared decides which rows train the policy.
     arguments = settings.model_dump(exclude=STRUCTURE | ({"policy_on_incorrect"} if hasattr(settings, "value_coef") else set()))
     named = keywords(method.function())
-    arguments |= {key: ask() for key, ask in (("beta", beta), ("seed", seed)) if key in named}
+    arguments |= {"beta": beta()} if reads_beta(settings) else {}
+    arguments |= {"seed": seed()} if "seed" in named else {}
     if "fitted" in named:
         arguments["fitted"] = method.module().fit((vars(step) for step in steps()), **arguments)
     head_weights = None if settings.head_weights is None else tuple(settings.head_weights)
@@ -185,25 +189,24 @@ UNITS = {"critic": ("probability", "logit"), "reference": ("nats",)}
 
 
 def policy_signal(
-    name: str, path: str, data: TokenData, train_anyway: Callable[[], bool], terminal_credit: bool = False
+    name: str, settings: Any, path: str, data: TokenData, train_anyway: Callable[[], bool]
 ) -> tuple[Callable[[int], np.ndarray] | None, dict[str, str]]:
-    """The method's cached signal by row and the hashes that it adds to the run's inputs; a critic that failed its gate is refused.
+    """The cached signal of methods.`name` by row and the hashes that it adds to the run's inputs; a critic that failed its gate is refused.
 
-    `path` is the score file, or a folder that holds one for each signal.
+    `settings` is the method's block, `path` is the score file, or a folder that holds one for each signal.
     """
-    if METHODS[name].signal is None:
+    signal = method_of(name, settings).signal
+    if signal is None:
         return None, {}
-    path = str(Path(path) / f"{METHODS[name].signal}.safetensors") if Path(path).is_dir() else path
+    path = str(Path(path) / f"{signal}.safetensors") if Path(path).is_dir() else path
     scores = Scores(path, data)
-    if scores.unit not in UNITS[METHODS[name].signal]:
-        raise WeightError(
-            f"{path}: scores in units of {scores.unit}, expected {' or '.join(UNITS[METHODS[name].signal])}: another signal's file"
-        )
-    if METHODS[name].signal == "critic" and not scores.gate_passed and not train_anyway():
+    if scores.unit not in UNITS[signal]:
+        raise WeightError(f"{path}: scores in units of {scores.unit}, expected {' or '.join(UNITS[signal])}: another signal's file")
+    if signal == "critic" and not scores.gate_passed and not train_anyway():
         raise WeightError(
             f"{path}: its critic failed the quality gate (see metrics/critic.json); train it longer, or set critic.gate.train_anyway: true"
         )
-    if terminal_credit and scores.unit != "probability":
+    if getattr(settings, "terminal_credit", False) and scores.unit != "probability":
         raise WeightError(
             f"methods.{name}.terminal_credit pays a reward of 0 or 1, but {path} holds values in units of {scores.unit}, of which only"
             " differences mean anything; set it to false, or train the critic with another loss than pairwise"

@@ -21,7 +21,6 @@ def token_weights(
     response_BT: Tensor,
     is_correct_B: Tensor | None = None,
     *,
-    beta: float,
     gamma: float,
     lam: float | str,
     terminal_credit: bool = False,
@@ -38,7 +37,7 @@ def token_weights(
     advantage_BT = _advantage(signal_BT, response_BT, is_correct_B, gamma, lam, terminal_credit)
     if policy_on_incorrect == "binary":
         return positive_weights(advantage_BT, response_BT)
-    return exponential_weights(advantage_BT, response_BT, beta=beta, notes=notes, **exponential)
+    return exponential_weights(advantage_BT, response_BT, notes=notes, **exponential)
 
 
 def exponential_weights(
