@@ -17,7 +17,7 @@ from wmtp.align import align_future
 from wmtp.batches import Batch, share
 from wmtp.bundle import ModelArgs
 from wmtp.model import Transformer
-from wmtp.params import AnyMethod, UniformMethod
+from wmtp.params import AnyMethod, UniformMethod, reads_beta
 from wmtp.policy import (
     PolicyObjective,
     WeightError,
@@ -26,7 +26,6 @@ from wmtp.policy import (
     check_weights,
     policy_objective,
     policy_signal,
-    reads_beta,
 )
 from wmtp.scores import write_scores
 from wmtp.tokens import Row, TokenData, write_split

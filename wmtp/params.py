@@ -446,6 +446,11 @@ def reads_pairs(block: Method) -> bool:
     return isinstance(block, SharedMethod) or getattr(block, "policy_on_incorrect", "value_only") != "value_only"
 
 
+def reads_beta(block: Method) -> bool:
+    """Whether a method's block takes training.beta: its weights are exponential, and it sets no beta of its own."""
+    return getattr(block, "beta", 0.0) is None
+
+
 class Evaluation(Section):
     humaneval_protocol: str = Field(description="name in wmtp.protocols: prompt, stop strings, cut")
     mbpp_protocol: str = Field(description="name in wmtp.protocols: prompt, stop strings, cut")

@@ -12,6 +12,7 @@ from torch.nn import functional
 
 from wmtp.align import IGNORE, align_future, future_targets
 from wmtp.batches import Batch
+from wmtp.params import reads_beta
 from wmtp.scores import Scores
 from wmtp.tokens import TokenData
 from wmtp.weighting import Method, array_names, keywords, method_of
@@ -159,11 +160,6 @@ class PolicyObjective:
 
 STRUCTURE = {"weighting", "n_future", "mix", "head_weights", "critic", "value_coef", "value_loss"}
 """Keys of a method's block that shape its model or loss; all others are its weighting's own arguments."""
-
-
-def reads_beta(settings: Any) -> bool:
-    """Whether a method's block takes training.beta: its weights are exponential, and it sets no beta of its own."""
-    return getattr(settings, "beta", 0.0) is None
 
 
 def policy_objective(
