@@ -13,10 +13,6 @@ from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, Validatio
 Positive = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 KeepFraction = Annotated[float, Field(gt=0, le=1, description="share of a sequence's tokens that train")]
-Scope = Annotated[
-    Literal["sequence", "two_pass"],
-    Field(description="population of the weights: each row, or the whole step, by a forward without gradients first"),
-]
 HeadMode = Annotated[
     Literal["shared_target", "per_head", "per_head_zscore", "pooled"], Field(description="whose excess decides: see wmtp.weighting.excess")
 ]
@@ -32,6 +28,25 @@ OPERATIONAL = ["tracking", "log_level", "run.checkpoint_every"]
 
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class Lagged(Section):
+    """Judged by the step before: the first step alone is scored twice."""
+
+    kind: Literal["lagged"]
+    ema: Annotated[float, Field(ge=0, lt=1)] = Field(
+        description="statistics <- ema * statistics + (1 - ema) * the last step's; 0: the last step's alone"
+    )
+
+
+Scope = Annotated[
+    Annotated[Literal["sequence", "two_pass"], Tag("scored")] | Annotated[Lagged, Tag("lagged")],
+    Discriminator(lambda value: "lagged" if isinstance(value, dict | Lagged) else "scored"),
+    Field(
+        description="population of the weights: sequence, each row; two_pass, the whole step, by a forward without gradients first;"
+        " lagged, the whole step before"
+    ),
+]
 
 
 class SyntheticCheckpoint(Section):
