@@ -65,8 +65,9 @@ def advantages(step, lam=0.95):
 def reference_weights(step, form):
     A = advantages(step)
     if form == "binary":
-        m = sum(value > 0 for value in A.values())
-        return {place: len(A) / m * (value > 0) for place, value in A.items()}
+        ends = {(b, last) for b, (_, last) in enumerate(spans_of(step)) if step.is_correct_B[b]}
+        chosen = {place for place, value in A.items() if value > 0} | ends
+        return {place: len(A) / len(chosen) * (place in chosen) for place in A}
     mean = math.fsum(A.values()) / len(A)
     sigma = max(0.01, math.sqrt(math.fsum((value - mean) ** 2 for value in A.values()) / len(A)))
     u = [math.exp(min(5.0, max(-5.0, (value - mean) / sigma)) / 0.9) for value in A.values()]
@@ -107,6 +108,17 @@ def test_weights_of_incorrect_programs_are_never_zero_where_weighted_and_are_whe
     weighted, binary = (objective(form).prepare(step).weight_BT[on_wrong] for form in FORMS)
     assert (weighted >= 0.1 - 1e-6).all() and 0 < int((binary > 0).sum()) < int(on_wrong.sum())
     assert len(set(binary.tolist())) == 2
+
+
+@pytest.mark.parametrize("terminal_credit", [False, True])
+def test_binary_always_trains_the_end_of_text_of_correct_programs_and_never_that_of_incorrect_ones(terminal_credit):
+    """Its advantage is 0, or R - v: a policy that trains on neither never stops."""
+    step = mixed_step()
+    weight = objective("binary", terminal_credit=terminal_credit).prepare(step).weight_BT
+    ends = torch.stack([weight[b, last] for b, (_, last) in enumerate(spans_of(step))])
+    assert torch.equal(ends > 0, step.is_correct_B)
+    inside = [float(weight[b, i]) for b, (first, last) in enumerate(spans_of(step)) for i in range(first, last)]
+    assert 0 < sum(w > 0 for w in inside) < len(inside), "the others still by their advantage"
 
 
 def test_a_step_without_a_positive_advantage_is_an_error():

@@ -21,6 +21,7 @@ from wmtp.params import AnyMethod, UniformMethod, reads_beta
 from wmtp.policy import (
     PolicyObjective,
     WeightError,
+    _faults,
     check_faults,
     check_reached,
     check_weights,
@@ -453,6 +454,39 @@ def test_a_bad_weight_is_refused_with_what_was_found(place, value, message):
     weight[place] = value
     with pytest.raises(WeightError, match=message):
         check_weights(weight, valid_mask())
+
+
+@pytest.mark.parametrize("scope", ["sequence", "two_pass"])
+@pytest.mark.parametrize("mode", ["shared_target", "per_head", "pooled"])
+def test_a_selection_of_nothing_is_refused(mode, scope, models):
+    """All excess is below 0, and without alpha percentile_emphasis has nothing left to select."""
+    work = methods.objective("rho1", values=methods.excess_block("percentile_emphasis", mode, scope=scope))
+    work, step = replace(work, settings={**work.settings, "alpha": 0.0}), whole_step("rho1")
+    with pytest.raises(WeightError, match=rf"of {1 if scope == 'two_pass' else len(SPANS)} populations that have targets none is selected"):
+        prepared(models[F], work, replace(step, signal_BT=step.signal_BT + 100))
+
+
+def test_one_row_of_which_nothing_is_selected_is_refused_among_many(models):
+    """Though it has one of 74 tokens, and the mean is nearly 1."""
+    work = methods.objective("rho1", values=methods.excess_block("percentile_emphasis", "shared_target"))
+    work, step = replace(work, settings={**work.settings, "alpha": 0.0, "percentile": 0.0}), whole_step("rho1")
+    step.signal_BT[:] = -100.0
+    step.signal_BT[1] = 100.0
+    with pytest.raises(WeightError, match=r"of 1 populations that have targets none is selected"):
+        prepared(models[F], work, step)
+
+
+def test_a_row_of_which_two_passes_select_nothing_is_none_of_its_population(models):
+    step, work = whole_step("rho1"), methods.objective("rho1", scope="two_pass")
+    step.signal_BT[1] = 100.0
+    weights = prepared(models[F], work, step)[2]
+    assert float(weights["w"].sum() / weights["n"].sum()) == pytest.approx(1, abs=1e-6)
+
+
+def test_no_target_is_no_empty_selection():
+    none = torch.zeros(2, 3, F, dtype=torch.bool)
+    for population in (None, (1, 2), (0, 1, 2), ()):
+        assert not _faults(none.float(), none, population)[:4].any()
 
 
 def test_a_weight_beyond_the_targets_is_refused_though_the_mean_is_one():

@@ -232,6 +232,7 @@ def test_a_step_of_which_nothing_reaches_the_threshold_is_an_error_and_changes_n
     gradients(again, steps(1), model=model)
     expected = gradients(again, steps(2)[1:], model=model)[0][0]
     same(gradients(objective, steps(2)[1:], model=model)[0][0], expected, 1e-12)
+    assert objective.lag.state() == again.lag.state(), "what the refused step saw is forgotten"
 
 
 def test_a_weight_that_is_no_number_stops_the_step():

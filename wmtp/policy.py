@@ -8,9 +8,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
-from wmtp.align import IGNORE, align_future, future_targets
+from wmtp.align import IGNORE, align_future, future_targets, last_BT
 from wmtp.batches import Batch
 from wmtp.params import reads_beta
 from wmtp.scores import Scores
@@ -314,8 +313,7 @@ def _sums(ce_BTF: Tensor, weight_BTF: Tensor, valid_BTF: Tensor, batch: Batch) -
     ce, w = ce_BTF.double(), weight_BTF.double() * valid_BTF
     n_F, incorrect_B11 = valid_BTF.sum((0, 1)).double(), ~batch.is_correct_B[:, None, None]
     nowhere = torch.where(valid_BTF, 0.0, -torch.inf)
-    last_BT = batch.response_BT & ~functional.pad(batch.response_BT[:, 1:], (0, 1), value=False)
-    end_BTF = align_future(last_BT.double(), valid_BTF.shape[2], 0.0)
+    end_BTF = align_future(last_BT(batch.response_BT).double(), valid_BTF.shape[2], 0.0)
     sums = {
         "n": n_F, "ce": ce.sum((0, 1)), "wce": (w * ce).sum((0, 1)), "w": w.sum((0, 1)), "w2": w.square().sum((0, 1)),
         "wlogw": torch.xlogy(w, w).sum((0, 1)), "selected": (w > 0).sum((0, 1)).double(), "w_incorrect": (w * incorrect_B11).sum((0, 1)),
