@@ -294,9 +294,9 @@ def _faults(weight: Tensor, valid: Tensor, population: tuple[int, ...] | None = 
     """
     bad, beyond, n, w = ~torch.isfinite(weight) | (weight < 0), (weight != 0) & ~valid, valid.sum(), weight.double().sum()
     axes = tuple(range(weight.ndim)) if population is None else population
-    empty = valid.any() & False if not axes else (valid.sum(axes) > 0) & ((weight != 0) & valid).sum(axes).eq(0)
-    off_mean = (n > 0) & ~((w / n.clamp(min=1) - 1).abs() <= 1e-4) & bool(axes)
-    return torch.stack([part.double() for part in (bad.sum(), beyond.sum(), empty.sum(), off_mean, w, n)])
+    empty, off_mean = valid.any(axes) & ~((weight != 0) & valid).any(axes), (n > 0) & ~((w / n.clamp(min=1) - 1).abs() <= 1e-4)
+    judged = float(axes != ())
+    return torch.stack([part.double() for part in (bad.sum(), beyond.sum(), empty.sum() * judged, off_mean * judged, w, n)])
 
 
 SCALED = ("w", "wce", "w_incorrect", "w_end", "max_w", "max_negative_w")

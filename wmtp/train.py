@@ -101,11 +101,7 @@ def train_step(
     norm = nn.utils.clip_grad_norm_(model.parameters(), clip_norm)
     norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
     if not math.isfinite(norm.item()):
-        if "faults" in sums:
-            check_faults(sums["faults"])
-        if factor is not None:
-            check_selected(float(reached), count)
-        raise NotFinite(f"gradient norm is {norm.item()}")
+        raise _told(norm, sums, reached if factor is not None else None, count)
     if reached is not None and factor is None:
         check_reached(float(reached), count)
     optimizer.step()
@@ -113,6 +109,15 @@ def train_step(
     if policy is not None:
         policy.remember(step, world)
     return sums, norm
+
+
+def _told(norm: Tensor, sums: dict[str, Tensor], lagged: Tensor | None, count: float) -> NotFinite:
+    """Why the gradient is no number, where its weights say it (a WeightError); `lagged` is their sum before it was made N."""
+    if "faults" in sums:
+        check_faults(sums["faults"])
+    if lagged is not None:
+        check_selected(float(lagged), count)
+    return NotFinite(f"gradient norm is {norm.item()}")
 
 
 def _backward(model: nn.Module, objective: Objective, batches: list[Batch], world: World, count: float, mixed: bool) -> dict[str, Tensor]:
