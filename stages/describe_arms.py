@@ -1,6 +1,7 @@
-"""python -m stages.describe_arms SCORES OUT START [ARM=START...]: one file an arm with its start and the hashes of all that it alone needs.
+"""python -m stages.describe_arms SCORES OUT START [ARM=START...]: one file an arm with its start, what it alone reads beside its
+block, and the hashes of what it alone depends on.
 
-A matrix of DVC cannot name another dependency for each arm; this file can, and changes only when its arm does.
+A matrix of DVC cannot name another dependency or parameter for each arm; this file can, and changes only when its arm does.
 """
 
 import json
@@ -9,20 +10,22 @@ from typing import Any
 
 from stages import run
 from wmtp.bundle import bundle_sha256
+from wmtp.params import reads_beta
 from wmtp.records import sha256_file, write_text
-from wmtp.weighting import METHODS
+from wmtp.weighting import method_of
 
 
 def work(params: Any, track: Any, scores: str, out: str, start: str, *others: str) -> dict[str, Any]:
     starts = dict(other.split("=", 1) for other in others)
     for arm in params.study.arms:
-        if arm not in METHODS:
-            raise ValueError(f"study.arms: {arm!r} has no row in wmtp.weighting.METHODS, which has {', '.join(METHODS)}")
-        method, own = METHODS[arm], starts.get(arm, start)
+        block, own = params.methods[arm], starts.get(arm, start)
+        method = method_of(arm, block)
         found = {
             **method._asdict(),
             "files": {name: sha256_file(path) for name, path in method.source_files().items()},
             "scores": sha256_file(Path(scores) / f"{method.signal}.safetensors") if method.signal else None,
+            **({"beta": params.training.beta} if reads_beta(block) else {}),
+            **({"train_anyway": params.critic.gate.train_anyway} if method.signal == "critic" else {}),
             "start": own,
             "start_sha256": bundle_sha256(own),
         }

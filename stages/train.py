@@ -1,6 +1,7 @@
 """python -m stages.train METHOD START PROCESSED SIGNAL OUT LOG REPORT: one method's policy.
 
-START is a bundle, or a description of an arm that names one; SIGNAL the method's scores, or the folder that holds all scores.
+START is a bundle, or an arm's description (stages.describe_arms) that names one and holds what the arm reads beside its block. SIGNAL is
+the file of the method's scores, or the folder that holds all scores.
 """
 
 import json
@@ -16,7 +17,7 @@ from wmtp.checkpoint import save_model
 from wmtp.model import load_bundle
 from wmtp.params import reads_pairs
 from wmtp.policy import policy_objective, policy_signal
-from wmtp.records import write_text
+from wmtp.records import sha256_file, write_text
 from wmtp.tokens import TokenData, check_same_tokenizer
 from wmtp.world import joined
 
@@ -24,21 +25,24 @@ from wmtp.world import joined
 def work(params: Any, track: Any, method: str, start: str, processed: str, signal: str, out: str, log: str, report: str) -> dict[str, Any]:
     settings, training = params.methods[method], params.training
     with joined(params.run.device) as world:
-        start = json.loads(Path(start).read_text())["start"] if start.endswith(".json") else start
+        arm = json.loads(Path(start).read_text()) if start.endswith(".json") else {}
+        inputs = {"arm": sha256_file(start)} if arm else {}
+        start = arm.get("start", start)
         data = TokenData(processed, "policy")
         check_same_tokenizer(data.tokenizer_sha256, start, "policy.start")
         policy = load_bundle(start, n_future=settings.n_future, dtype=torch.float32, device=world.device)
         model = shared.network(settings, policy)
-        credit = getattr(settings, "terminal_credit", False)
-        signal_of, inputs = policy_signal(method, signal, data, lambda: params.critic.gate.train_anyway, credit)
+        train_anyway = (lambda: arm["train_anyway"]) if arm else (lambda: params.critic.gate.train_anyway)
+        signal_of, signal_input = policy_signal(method, settings, signal, data, train_anyway)
         units = critic.pairs(data) if reads_pairs(settings) else data.correct_rows()
         plan = train.Plan(
             data, units, training.batch_rows // units.ndim, training.n_epochs, training.learning_rate, training.seed, signal_of,
             training.log_every, params.run.checkpoint_every,
         )  # fmt: skip
-        own = policy_objective(method, settings, lambda: training.beta, lambda: training.seed, plan.first_pass)
+        beta = (lambda: arm["beta"]) if arm else (lambda: training.beta)
+        own = policy_objective(method, settings, beta, lambda: training.seed, plan.first_pass)
         objective = shared.objective(settings, own)
-        inputs |= {"start": bundle_sha256(start), "data": data.sha256}
+        inputs |= signal_input | {"start": bundle_sha256(start), "data": data.sha256}
         with train.fitted(model, objective, plan, params, world, stage=f"train-{method}", inputs=inputs, on_log=track.log) as records:
             figures = train.account(policy, plan, records[-1])
             figures |= train.validation(model, TokenData(processed, "validation"), world, params.optimizer.micro_batch_tokens)

@@ -34,7 +34,7 @@ def filled(dependencies: list[str], item: dict) -> set[str]:
 
 def method_files() -> set[str]:
     """The weightings and what they alone share, which the table loads by name: a stage lists those of the methods that it runs."""
-    shared = {"__init__", "method", "projection"}
+    shared = {"__init__", "method", "projection", "lag"}
     return {str(path.relative_to(ROOT)) for path in (ROOT / "wmtp/weighting").glob("*.py") if path.stem not in shared}
 
 

@@ -10,7 +10,7 @@ from wmtp.weighting import METHODS
 
 BOUNDS = {"weight_clip_min": 0.1, "weight_clip_max": 5.0}
 PIPELINE = {
-    "policy_on_incorrect": "value_only", "gamma": 1.0, "lam": 0.95, "sigma_floor": 0.01, "z_clip": 5.0, **BOUNDS,
+    "beta": None, "policy_on_incorrect": "value_only", "gamma": 1.0, "lam": 0.95, "sigma_floor": 0.01, "z_clip": 5.0, **BOUNDS,
     "concentration_floor": 0.3, "terminal_credit": False,
 }  # fmt: skip
 SHARED = {

@@ -65,8 +65,9 @@ def advantages(step, lam=0.95):
 def reference_weights(step, form):
     A = advantages(step)
     if form == "binary":
-        m = sum(value > 0 for value in A.values())
-        return {place: len(A) / m * (value > 0) for place, value in A.items()}
+        ends = {(b, last) for b, (_, last) in enumerate(spans_of(step)) if step.is_correct_B[b]}
+        chosen = {place for place, value in A.items() if value > 0} | ends
+        return {place: len(A) / len(chosen) * (place in chosen) for place in A}
     mean = math.fsum(A.values()) / len(A)
     sigma = max(0.01, math.sqrt(math.fsum((value - mean) ** 2 for value in A.values()) / len(A)))
     u = [math.exp(min(5.0, max(-5.0, (value - mean) / sigma)) / 0.9) for value in A.values()]
@@ -109,6 +110,17 @@ def test_weights_of_incorrect_programs_are_never_zero_where_weighted_and_are_whe
     assert len(set(binary.tolist())) == 2
 
 
+@pytest.mark.parametrize("terminal_credit", [False, True])
+def test_binary_always_trains_the_end_of_text_of_correct_programs_and_never_that_of_incorrect_ones(terminal_credit):
+    """Its advantage is 0, or R - v: a policy that trains on neither never stops."""
+    step = mixed_step()
+    weight = objective("binary", terminal_credit=terminal_credit).prepare(step).weight_BT
+    ends = torch.stack([weight[b, last] for b, (_, last) in enumerate(spans_of(step))])
+    assert torch.equal(ends > 0, step.is_correct_B)
+    inside = [float(weight[b, i]) for b, (first, last) in enumerate(spans_of(step)) for i in range(first, last)]
+    assert 0 < sum(w > 0 for w in inside) < len(inside), "the others still by their advantage"
+
+
 def test_a_step_without_a_positive_advantage_is_an_error():
     with pytest.raises(ValueError, match="A > 0 on none of the step's"):
         objective("binary").prepare(replace(mixed_step(), signal_BT=torch.full_like(mixed_step().signal_BT, 0.5)))
@@ -131,7 +143,10 @@ def test_controls_read_pairs_as_their_critic_does(name):
 
 
 def test_value_only_is_todays_weighting_to_the_bit():
-    step, without = correct_step("verifiable"), {key: value for key, value in methods.PIPELINE.items() if key != "policy_on_incorrect"}
+    step, without = (
+        correct_step("verifiable"),
+        {key: value for key, value in methods.PIPELINE.items() if key not in ("beta", "policy_on_incorrect")},
+    )
     expected = METHODS["verifiable"].function()(step.signal_BT, step.response_BT, beta=0.9, **without)
     assert torch.equal(methods.objective("verifiable").prepare(step).weight_BT, expected)
 

@@ -48,7 +48,7 @@ source:
   shared: 2
   folders: {a: z, c: null}
   more: {deep: [1, {x: "true", y: [a, 1.5]}], none: null}
-methods: {rho1: {weighting: uniform, mix: 0.5}}
+methods: {rho1: {weighting: uniform, mix: 0.5}, rho2: {weighting: excess, keep: 0.3, none: null}}
 optimizer:
   betas: [0.9, 0.999]
   eps: 1e-5
@@ -81,7 +81,7 @@ def expected() -> dict:
     return {
         "seed": 3,
         "source": values["source"],  # another kind: replaced whole
-        "methods": {"rho1": {"weighting": "uniform", "mix": 0.5}},
+        "methods": {"rho1": {"weighting": "uniform", "mix": 0.5}, "rho2": {"weighting": "excess", "keep": 0.3, "none": None}},
         "optimizer": optimizer,
         "tags": values["tags"],
     }
@@ -104,7 +104,9 @@ def test_merging_changes_what_the_preset_names_and_nothing_else(place):
     [
         ({"sed": 1}, "sed"),
         ({"optimizer": {"beta": 1}}, "optimizer.beta"),
-        ({"methods": {"rho2": {"weighting": "uniform"}}}, "methods.rho2"),
+        ({"methods": {"rho2": {"mix": 0.5}}}, "methods.rho2"),
+        ({"methods": {"rho1": {"block": {"weighting": "uniform"}}}}, "methods.rho1.block"),
+        ({"source": {"rho2": {"weighting": "uniform"}}}, "source.rho2"),
         ({"source": {"path": "x"}}, "source.path"),
         ({"source": {"kind": "synthetic", "path": "x"}}, "source.path"),
         ({"optimizer": {"block": {"size": 1}}}, "optimizer.block.size"),
@@ -114,6 +116,14 @@ def test_a_key_that_params_lacks_is_named(preset, key):
     params = yaml.safe_load(PARAMS)
     with pytest.raises(OverlayError, match=rf"^{key}: no such key in params.yaml"):
         overlay.merged(params, preset)
+
+
+def test_methods_take_a_further_block_that_tells_its_weighting():
+    params, block = yaml.safe_load(PARAMS), {"weighting": "excess", "keep": 0.3, "folders": None}
+    merged = overlay.merged(params, {"methods": {"rho2": block}})
+    assert merged == {**params, "methods": {**params["methods"], "rho2": block}}
+    (change,) = overlay.changes(params, {"methods": {"rho2": block}})
+    assert overlay.flags([change]) == "-S +methods.rho2={weighting:'excess',keep:0.3,folders:null}"
 
 
 def test_a_block_of_the_same_kind_is_merged_and_one_of_another_is_replaced():

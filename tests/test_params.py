@@ -12,8 +12,9 @@ from tests import methods
 from wmtp.dependencies import ROOT
 from wmtp.overlay import merged
 from wmtp.params import AnyMethod, ParameterError, Params, Section, read_yaml, validate
+from wmtp.policy import policy_objective
 from wmtp.view import declared_keys, load, split_arguments
-from wmtp.weighting import METHODS
+from wmtp.weighting import METHODS, method_of
 
 COMMITTED = yaml.safe_load((ROOT / "params.yaml").read_text())
 
@@ -106,6 +107,20 @@ def test_a_selection_has_its_own_keys_alone(selection):
 @pytest.mark.parametrize("preset", sorted((ROOT / "presets").glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_preset_fits_the_schema(preset):
     assert validate(merged(COMMITTED, yaml.safe_load(preset.read_text())), str(preset))
+
+
+def test_every_arm_of_the_sweep_is_a_method_with_weights_of_its_own():
+    whole = validate(merged(COMMITTED, yaml.safe_load((ROOT / "presets/sweep.yaml").read_text())))
+    arms = {arm: whole.methods[arm] for arm in whole.study.arms}
+    made = {arm: policy_objective(arm, block, lambda: whole.training.beta, lambda: 1, lambda: ()) for arm, block in arms.items()}
+    swept = {arm: (one.settings["beta"], one.mix, one.settings["terminal_credit"]) for arm, one in made.items() if arm != "baseline"}
+    assert len(set(swept.values())) == len(swept) == len(arms) - 1
+    assert {beta for beta, mix, credit in swept.values() if (mix, credit) == (1.0, False)} == {0.3, 0.9, 3.0}
+    assert {mix for beta, mix, credit in swept.values() if (beta, credit) == (0.9, False)} == {0.25, 0.5, 1.0}
+    assert [arm for arm, (*_, credit) in swept.items() if credit] == ["verifiable_terminal_credit"]
+    assert {arm: method_of(arm, block) for arm, block in arms.items()} == {
+        arm: METHODS["baseline" if arm == "baseline" else "verifiable"] for arm in arms
+    }
 
 
 def test_files_that_cannot_be_read(tmp_path):

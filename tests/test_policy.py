@@ -3,6 +3,7 @@
 import json
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,18 +17,27 @@ from wmtp.align import align_future
 from wmtp.batches import Batch, share
 from wmtp.bundle import ModelArgs
 from wmtp.model import Transformer
-from wmtp.params import AnyMethod, UniformMethod
-from wmtp.policy import PolicyObjective, WeightError, check_faults, check_reached, check_weights, policy_objective, policy_signal
+from wmtp.params import AnyMethod, UniformMethod, reads_beta
+from wmtp.policy import (
+    PolicyObjective,
+    WeightError,
+    _faults,
+    check_faults,
+    check_reached,
+    check_weights,
+    policy_objective,
+    policy_signal,
+)
 from wmtp.scores import write_scores
 from wmtp.tokens import Row, TokenData, write_split
 from wmtp.train import train_step
-from wmtp.weighting import METHODS, Method
+from wmtp.weighting import METHODS, Method, MethodError, method_of
 from wmtp.world import World
 
 F, T, VOCABULARY = 4, 20, 23
 # P and L of each row: the shortest prompt that four heads allow, a response of one token, no padding, much padding.
 SPANS = ((4, 19), (9, 9), (5, 19), (7, 14), (6, 19), (4, 8), (12, 19), (10, 16))
-ADVANTAGE = methods.PIPELINE | {"beta": 0.9}
+ADVANTAGE = {**methods.PIPELINE, "beta": 0.9}
 NAMES = ["ntp", "baseline", "verifiable", "rho1"]
 
 
@@ -92,7 +102,7 @@ def merged(key, one, other):
 def prepared(model, objective, step, token_budget=10**9, size=1):
     step = objective.prepare(step)
     batches = [batch for rank in range(size) for batch in share(step, rank, size, token_budget)]
-    if objective.two_pass:
+    if objective.scored_first:
         batches = objective.weigh_step(model, step, batches, World(0, 1, torch.device("cpu")))
     return train(model, objective, step, batches)
 
@@ -446,6 +456,39 @@ def test_a_bad_weight_is_refused_with_what_was_found(place, value, message):
         check_weights(weight, valid_mask())
 
 
+@pytest.mark.parametrize("scope", ["sequence", "two_pass"])
+@pytest.mark.parametrize("mode", ["shared_target", "per_head", "pooled"])
+def test_a_selection_of_nothing_is_refused(mode, scope, models):
+    """All excess is below 0, and without alpha percentile_emphasis has nothing left to select."""
+    work = methods.objective("rho1", values=methods.excess_block("percentile_emphasis", mode, scope=scope))
+    work, step = replace(work, settings={**work.settings, "alpha": 0.0}), whole_step("rho1")
+    with pytest.raises(WeightError, match=rf"of {1 if scope == 'two_pass' else len(SPANS)} populations that have targets none is selected"):
+        prepared(models[F], work, replace(step, signal_BT=step.signal_BT + 100))
+
+
+def test_one_row_of_which_nothing_is_selected_is_refused_among_many(models):
+    """Though it has one of 74 tokens, and the mean is nearly 1."""
+    work = methods.objective("rho1", values=methods.excess_block("percentile_emphasis", "shared_target"))
+    work, step = replace(work, settings={**work.settings, "alpha": 0.0, "percentile": 0.0}), whole_step("rho1")
+    step.signal_BT[:] = -100.0
+    step.signal_BT[1] = 100.0
+    with pytest.raises(WeightError, match=r"of 1 populations that have targets none is selected"):
+        prepared(models[F], work, step)
+
+
+def test_a_row_of_which_two_passes_select_nothing_is_none_of_its_population(models):
+    step, work = whole_step("rho1"), methods.objective("rho1", scope="two_pass")
+    step.signal_BT[1] = 100.0
+    weights = prepared(models[F], work, step)[2]
+    assert float(weights["w"].sum() / weights["n"].sum()) == pytest.approx(1, abs=1e-6)
+
+
+def test_no_target_is_no_empty_selection():
+    none = torch.zeros(2, 3, F, dtype=torch.bool)
+    for population in (None, (1, 2), (0, 1, 2), ()):
+        assert not _faults(none.float(), none, population)[:4].any()
+
+
 def test_a_weight_beyond_the_targets_is_refused_though_the_mean_is_one():
     weight = torch.tensor([[1.0, 0.0, 1.0, 1.0], [0.0, 0.0, 1.0, 1.0]])
     with pytest.raises(WeightError, match="reach beyond them"):
@@ -482,7 +525,7 @@ def test_a_fault_is_found_on_the_device_and_makes_the_loss_no_number(weight, mod
     total, sums = PolicyObjective(Faulty(weight, None, True), {}, F).loss(models[F], whole_step())
     assert total.isnan() and sums["faults"].isnan().any() | sums["faults"].any()
     good, sums = PolicyObjective(Faulty("1", None, True), {}, F).loss(models[F], whole_step())
-    assert good.isfinite() and not sums["faults"][:3].any()
+    assert good.isfinite() and not sums["faults"][:4].any()
 
 
 @pytest.mark.parametrize("weight, message", [("nan", "not a number"), ("1.1", r"mean 1\.100000 over 296 targets")])
@@ -608,6 +651,46 @@ def test_what_is_not_in_a_block_is_read_by_the_methods_that_name_it_alone():
     assert made("baseline", head_weights=[1.0, 0.5, 0.25, 0.0]).head_weights == (1.0, 0.5, 0.25, 0.0)
 
 
+def test_a_block_may_set_its_own_beta_and_then_reads_no_other():
+    own = {**methods.block("verifiable"), "beta": 0.4}
+    assert methods.objective("verifiable", values=own).settings["beta"] == 0.4
+    settings = TypeAdapter(AnyMethod).validate_python(own)
+    assert policy_objective("verifiable", settings, never, never, never).settings["beta"] == 0.4
+    assert reads_beta(TypeAdapter(AnyMethod).validate_python(methods.block("verifiable"))) and not reads_beta(settings)
+    binary = {"weighting": "shuffled", "n_future": 4, "mix": 1.0, "head_weights": None, "critic": "separate", **methods.BINARY}
+    settings = TypeAdapter(AnyMethod).validate_python(binary)
+    assert not reads_beta(settings), "1[A > 0] has no temperature"
+    assert "beta" not in policy_objective("shuffled", settings, never, lambda: 5, never).settings
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_beta_is_a_key_of_the_weightings_that_take_it(name):
+    block = methods.block(name)
+    assert ("beta" in block) == ("sigma_floor" in block)
+    if "beta" in block:
+        one, other = ({**block, "beta": beta} for beta in (0.3, 3.0))
+        steps = [whole_step("verifiable", seed=seed) for seed in (1, 2)]
+        assert methods.objective(name, steps, values=one).settings["beta"] != methods.objective(name, steps, values=other).settings["beta"]
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_block_of_any_name_finds_the_row_of_its_weighting(name):
+    settings = TypeAdapter(AnyMethod).validate_python(methods.block(name))
+    assert method_of(name, settings) == method_of("another_name", settings) == METHODS[name]
+
+
+def test_a_critic_that_its_row_has_not_is_refused():
+    for name, other in (("verifiable", "verifiable_shared"), ("verifiable_shared", "verifiable")):
+        settings = TypeAdapter(AnyMethod).validate_python(methods.block(other))
+        with pytest.raises(MethodError, match=rf"methods\.{name}: weighting 'advantage' with critic '{settings.critic}'; .*another name"):
+            method_of(name, settings)
+
+
+def test_a_weighting_that_no_row_has_is_refused():
+    with pytest.raises(MethodError, match=r"methods\.x: weighting 'magic'; .*no such row, only ntp, baseline"):
+        method_of("x", SimpleNamespace(weighting="magic"))
+
+
 def test_a_fitted_method_sees_one_pass_of_the_split_before_it_trains():
     steps = [whole_step("position_only", seed=seed) for seed in (1, 2)]
     fitted = made("position_only", beta=lambda: 0.9, steps=lambda: steps).settings["fitted"]
@@ -624,10 +707,9 @@ def test_a_weighting_that_names_an_array_no_step_has_is_refused():
         PolicyObjective(Curious("curious"), {}, F).prepare(whole_step())
 
 
-@pytest.mark.parametrize("name, found", [("verifiable", "'advantage'"), ("no_such_method", "ntp, baseline, verifiable, rho1")])
-def test_a_block_that_does_not_fit_its_name_is_refused(name, found):
-    with pytest.raises(WeightError, match=found):
-        policy_objective(name, UniformMethod(weighting="uniform", n_future=4, mix=1.0, head_weights=None), never, never, never)
+def test_a_block_that_does_not_fit_its_name_is_refused():
+    with pytest.raises(MethodError, match=r"methods\.verifiable: weighting 'uniform'; .*'advantage'"):
+        policy_objective("verifiable", UniformMethod(weighting="uniform", n_future=4, mix=1.0, head_weights=None), never, never, never)
 
 
 @pytest.fixture
@@ -647,26 +729,30 @@ def test_signals_are_read_by_row_and_a_failed_gate_is_refused(token_data, tmp_pa
     passed, failed = tmp_path / "passed.safetensors", tmp_path / "failed.safetensors"
     write_scores(passed, values, token_data, "c" * 64, unit="probability")
     write_scores(failed, values, token_data, "c" * 64, gate_passed=False, unit="probability")
-    assert policy_signal("baseline", "nowhere", token_data, never) == (None, {})
+    block = {name: TypeAdapter(AnyMethod).validate_python(methods.block(name)) for name in ("baseline", "verifiable")}
+    assert policy_signal("baseline", block["baseline"], "nowhere", token_data, never) == (None, {})
     for path, train_anyway in ((passed, never), (failed, lambda: True)):
-        row, inputs = policy_signal("verifiable", str(path), token_data, train_anyway)
+        row, inputs = policy_signal("verifiable", block["verifiable"], str(path), token_data, train_anyway)
         assert row(0).tolist() == values[0].tolist() and row(1).tolist() == values[1].tolist() and set(inputs) == {"signal"}
     with pytest.raises(WeightError, match=r"failed the quality gate.*train_anyway: true"):
-        policy_signal("verifiable", str(failed), token_data, lambda: False)
+        policy_signal("verifiable", block["verifiable"], str(failed), token_data, lambda: False)
 
 
 def test_another_signals_scores_are_refused(token_data, tmp_path):
+    def block(name, **changes):
+        return TypeAdapter(AnyMethod).validate_python(methods.block(name, **changes))
+
     values = [np.full(4, 0.1, dtype=np.float32), np.full(3, 0.2, dtype=np.float32)]
     for unit, right, wrong in (("nats", "rho1", "verifiable"), ("probability", "verifiable", "rho1"), ("logit", "shuffled", "rho1")):
         file = tmp_path / unit / f"{METHODS[right].signal}.safetensors"
         write_scores(file, values, token_data, "c" * 64, unit=unit)
-        assert policy_signal(right, str(file), token_data, never)[0](1).tolist() == values[1].tolist()
-        assert policy_signal(right, str(file.parent), token_data, never)[0](1).tolist() == values[1].tolist()
+        assert policy_signal(right, block(right), str(file), token_data, never)[0](1).tolist() == values[1].tolist()
+        assert policy_signal(right, block(right), str(file.parent), token_data, never)[0](1).tolist() == values[1].tolist()
         with pytest.raises(WeightError, match=f"scores in units of {unit}, expected .*another signal's file"):
-            policy_signal(wrong, str(file), token_data, never)
+            policy_signal(wrong, block(wrong), str(file), token_data, never)
     file = tmp_path / "logit" / "critic.safetensors"
     with pytest.raises(WeightError, match="terminal_credit pays a reward of 0 or 1"):
-        policy_signal("verifiable", str(file), token_data, never, terminal_credit=True)
+        policy_signal("verifiable", block("verifiable", terminal_credit=True), str(file), token_data, never)
 
 
 @pytest.mark.parametrize(("w", "n", "ok"), [(8.0, 8, True), (0.0, 8, False), (7.99, 8, False), (float("nan"), 8, False)])

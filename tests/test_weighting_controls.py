@@ -198,7 +198,8 @@ def weigh(name, order=None, padding=0, content=0.0, seed=3):
         "span_B2": torch.tensor([(P, P + 2) for P, _ in SPANS])[order],
     }  # fmt: skip
     own = dict(OWN.get(name, {}))
-    extra = {"beta": 0.9, "seed": seed, "fitted": FITTED}
+    own |= {"beta": 0.9} if "beta" in own else {}
+    extra = {"seed": seed, "fitted": FITTED}
     return METHODS[name].weigh(arrays, own | {key: value for key, value in extra.items() if key in keywords(METHODS[name].function())})
 
 

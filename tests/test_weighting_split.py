@@ -17,9 +17,11 @@ from wmtp.tokens import TokenData
 from wmtp.world import joined
 
 ALL_ROWS = 10**6
-TWO_PASS = [f"{name} two_pass" for name in ("rho1", "inverted_k", "dft", "focal", "loss_topk", "entropy_topk")]
-CASES = [*methods.SEPARATE, *TWO_PASS]
-SHARDED = ["shuffled", "entropy_topk", "rho1 two_pass", "entropy_topk two_pass"]
+SCOPED = [
+    f"{name} {scope}" for name in ("rho1", "inverted_k", "dft", "focal", "loss_topk", "entropy_topk") for scope in ("two_pass", "lagged")
+]
+CASES = [*methods.SEPARATE, *SCOPED]
+SHARDED = ["shuffled", "entropy_topk", "rho1 two_pass", "entropy_topk two_pass", "rho1 lagged", "entropy_topk lagged"]
 
 
 def eight_rows(data, name):
@@ -28,7 +30,17 @@ def eight_rows(data, name):
     step = plan.step(0)
     step = step.take(np.array([0, 1, 2, 3, 4, 5, 6, 0]))
     name, *scope = name.split()
+    scope = [{"kind": "lagged", "ema": 0.5} if one == "lagged" else one for one in scope]
     return step, methods.objective(name, plan.first_pass(), n_future=3, **({"scope": scope[0]} if scope else {}))
+
+
+def gradient_of(bundle, data, name, rows=None, world=ALONE, budget=ALL_ROWS, parallel="ddp"):
+    """The gradient of a step of eight rows or some of them; where it is judged by the steps before, of these too."""
+    step, objective = eight_rows(data, name)
+    budget = two_rows_each(step) if budget is None else budget
+    for earlier in (plan_of(data, 8).step(1), plan_of(data, 3).step(2)) if objective.lag else ():
+        gradient(start_model(bundle), objective, earlier, world, budget, parallel)
+    return gradient(start_model(bundle), objective, step if rows is None else step.take(np.array(rows)), world, budget, parallel)
 
 
 def two_rows_each(step):
@@ -40,9 +52,7 @@ def two_rows_each(step):
 
 @pytest.mark.parametrize("name", CASES)
 def test_micro_batches_give_the_gradient_of_the_whole(micro, data, name):
-    step, objective = eight_rows(data, name)
-    whole = gradient(start_model(micro.bundle), objective, step, budget=ALL_ROWS)
-    assert_equal_gradients(gradient(start_model(micro.bundle), objective, step, budget=two_rows_each(step)), whole, 1e-10)
+    assert_equal_gradients(gradient_of(micro.bundle, data, name, budget=None), gradient_of(micro.bundle, data, name), 1e-10)
 
 
 def test_the_log_is_the_same_however_a_step_is_split(micro, data):
@@ -61,12 +71,10 @@ def on_two_ranks(bundle, processed, out):
     data, found = TokenData(processed, "policy"), {}
     with joined("cpu") as world:
         for name in CASES:
-            step, objective = eight_rows(data, name)
-            found[name] = gradient(start_model(Path(bundle)), objective, step, world, two_rows_each(step))
+            found[name] = gradient_of(Path(bundle), data, name, None, world, None)
         for name in SHARDED:
-            step, objective = eight_rows(data, name)
-            found[name, "fsdp"] = gradient(start_model(Path(bundle)), objective, step, world, two_rows_each(step), "fsdp")
-            found[name, "one row"] = gradient(start_model(Path(bundle)), objective, step.take(np.array([3])), world, ALL_ROWS)
+            found[name, "fsdp"] = gradient_of(Path(bundle), data, name, None, world, None, "fsdp")
+            found[name, "one row"] = gradient_of(Path(bundle), data, name, [3], world)
     torch.save(found, f"{out}/{world.rank}.pt")
 
 
@@ -82,8 +90,7 @@ def ranks(micro, tmp_path_factory):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_two_ranks_give_the_gradient_of_one(ranks, micro, data, name):
-    step, objective = eight_rows(data, name)
-    expected = gradient(start_model(micro.bundle), objective, step, ALONE, budget=ALL_ROWS)
+    expected = gradient_of(micro.bundle, data, name)
     for found in ranks:
         assert_equal_gradients(found[name], expected, 1e-10)
 
@@ -91,8 +98,7 @@ def test_two_ranks_give_the_gradient_of_one(ranks, micro, data, name):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SHARDED)
 def test_sharded_ranks_and_a_rank_without_a_row_give_the_gradient_of_one(ranks, micro, data, name):
-    step, objective = eight_rows(data, name)
-    for key, rows in (((name, "fsdp"), step), ((name, "one row"), step.take(np.array([3])))):
-        expected = gradient(start_model(micro.bundle), objective, rows, ALONE, budget=ALL_ROWS)
+    for key, rows in (((name, "fsdp"), None), ((name, "one row"), [3])):
+        expected = gradient_of(micro.bundle, data, name, rows)
         for found in ranks:
             assert_equal_gradients(found[key], expected, 1e-10)

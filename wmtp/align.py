@@ -30,3 +30,8 @@ def future_targets(tokens_BT: Tensor, response_BT: Tensor, n_future: int) -> Ten
     The mask belongs to the target, not to the position: the last h+1 prompt positions do train head h.
     """
     return align_future(tokens_BT.masked_fill(~response_BT, IGNORE), n_future, IGNORE)
+
+
+def last_BT(response_BT: Tensor) -> Tensor:
+    """The last token of each response, bool [B, T]: its end of text."""
+    return response_BT & ~functional.pad(response_BT[:, 1:], (0, 1), value=False)

@@ -3,10 +3,10 @@
     dvc exp run $(python -m wmtp.overlay presets/7b.yaml)          the file on disk goes back with git
     python -m wmtp.overlay presets/tiny.yaml --write params.yaml   comments stay
 
-Every key of a preset must stand in params.yaml, with one exception: a block whose form is told by `kind` or `weighting` and that gives
+Every key of a preset must stand in params.yaml, with two exceptions. A block whose form is told by `kind` or `weighting` and that gives
 another one is replaced whole, so the preset states all its keys. DVC cannot replace a mapping in one flag (it merges), so such a block
-becomes `~key` for what goes, `+key=value` for what comes, `key=value` for what both forms have. A mapping that is empty in params.yaml
-takes any key.
+becomes `~key` for what goes, `+key=value` for what comes, `key=value` for what both forms have. And `methods` takes further blocks, each
+whole, with its `weighting`. A mapping that is empty in params.yaml takes any key.
 
 Both files are read as DVC reads them (YAML 1.2: 1e-5 is a number, yes is a text).
 """
@@ -57,7 +57,7 @@ def changes(params: Mapping[str, Any], overlay: Mapping[str, Any], path: tuple[s
     for key, value in overlay.items():
         here = (*path, str(key))
         if key not in params:
-            if params or not path:
+            if (params or not path) and not (path == ("methods",) and isinstance(value, Mapping) and "weighting" in value):
                 raise OverlayError(f"{'.'.join(here)}: no such key in params.yaml; correct it, or add it there first")
             yield Change("+", here, value)
         elif isinstance(value, Mapping) and isinstance(params[key], Mapping):

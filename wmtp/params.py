@@ -13,10 +13,6 @@ from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, Validatio
 Positive = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 KeepFraction = Annotated[float, Field(gt=0, le=1, description="share of a sequence's tokens that train")]
-Scope = Annotated[
-    Literal["sequence", "two_pass"],
-    Field(description="population of the weights: each row, or the whole step, by a forward without gradients first"),
-]
 HeadMode = Annotated[
     Literal["shared_target", "per_head", "per_head_zscore", "pooled"], Field(description="whose excess decides: see wmtp.weighting.excess")
 ]
@@ -32,6 +28,25 @@ OPERATIONAL = ["tracking", "log_level", "run.checkpoint_every"]
 
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class Lagged(Section):
+    """Judged by the step before: the first step alone is scored twice."""
+
+    kind: Literal["lagged"]
+    ema: Annotated[float, Field(ge=0, lt=1)] = Field(
+        description="statistics <- ema * statistics + (1 - ema) * the last step's; 0: the last step's alone"
+    )
+
+
+Scope = Annotated[
+    Annotated[Literal["sequence", "two_pass"], Tag("scored")] | Annotated[Lagged, Tag("lagged")],
+    Discriminator(lambda value: "lagged" if isinstance(value, dict | Lagged) else "scored"),
+    Field(
+        description="population of the weights: sequence, each row; two_pass, the whole step, by a forward without gradients first;"
+        " lagged, the whole step before"
+    ),
+]
 
 
 class SyntheticCheckpoint(Section):
@@ -233,7 +248,7 @@ class Training(Tuning):
     start: None = Field(default=None, exclude=True)
     seed: Annotated[int, Field(ge=0)] = Field(description="order of the policy's rows, and sampling")
     n_epochs: Annotated[float, Field(gt=0)] = Field(description="passes over the policy split, fractions allowed")
-    beta: Annotated[float, Field(gt=0)] = Field(description="temperature of exp(z / beta)")
+    beta: Annotated[float, Field(gt=0)] = Field(description="temperature of exp(z / beta), for methods that set none of their own")
     log_every: Positive = Field(description="optimizer steps")
 
 
@@ -273,6 +288,7 @@ class SharedUniformMethod(SharedMethod):
 class Exponential(Section):
     """From advantages to weights."""
 
+    beta: Annotated[float, Field(gt=0)] | None = Field(description="temperature of exp(z / beta); null: training.beta")
     gamma: Annotated[float, Field(gt=0, le=1)]
     lam: Fraction | Literal["length_adaptive"]
     sigma_floor: Annotated[float, Field(gt=0)] = Field(description="least standard deviation that an advantage is divided by")
@@ -443,6 +459,11 @@ AnyMethod = Annotated[
 def reads_pairs(block: Method) -> bool:
     """Whether a method reads pairs of a correct and an incorrect program (wmtp.critic.pairs), or correct programs alone."""
     return isinstance(block, SharedMethod) or getattr(block, "policy_on_incorrect", "value_only") != "value_only"
+
+
+def reads_beta(block: Method) -> bool:
+    """Whether a method's block takes training.beta: its weights are exponential, and it sets no beta of its own."""
+    return getattr(block, "beta", 0.0) is None
 
 
 class Evaluation(Section):

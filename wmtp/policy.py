@@ -8,13 +8,14 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
-from wmtp.align import IGNORE, align_future, future_targets
+from wmtp.align import IGNORE, align_future, future_targets, last_BT
 from wmtp.batches import Batch
+from wmtp.params import reads_beta
 from wmtp.scores import Scores
 from wmtp.tokens import TokenData
-from wmtp.weighting import METHODS, Method, array_names, keywords
+from wmtp.weighting import Method, array_names, keywords, method_of
+from wmtp.weighting.lag import Known, Lag
 from wmtp.world import World
 
 
@@ -29,6 +30,8 @@ class PolicyObjective:
     `head_weights`, one number a head, scale the heads' losses. They are divided by their mean: every head has the same targets, so the
     mean weight over all targets stays 1. Where a weighting gives the heads unequal shares, each row (the step,
     two_pass) is scaled back to mean 1 instead.
+
+    With a `lag` weights are judged by the step before; the step is scaled to mean 1 once its sum is known (`scaled`).
     """
 
     method: Method
@@ -36,6 +39,7 @@ class PolicyObjective:
     n_future: int
     mix: float = 1.0
     head_weights: tuple[float, ...] | None = None
+    lag: Lag | None = None
 
     def prepare(self, step: Batch) -> Batch:
         """The whole step, over all ranks, with its weights where they are known before the forward."""
@@ -46,8 +50,10 @@ class PolicyObjective:
                 f"a prompt of {int(starts_B[short_B].min())} tokens is shorter than the {self.n_future} heads: some heads would not see"
                 " its first response tokens; lengthen the prompt or lower n_future"
             )
+        if self.lag is not None:
+            self.lag.seen = []
         if self.method.needs_forward:
-            return replace(step, place_B=torch.arange(len(step.row_B))) if self.two_pass else step
+            return step if self._population == ROWS else replace(step, place_B=torch.arange(len(step.row_B)))
         notes: dict[str, float] = {}
         wanted = {"notes": notes} if "notes" in keywords(self.method.function()) else {}
         weight_BT = self.method.weigh(vars(step), {**self.settings, **wanted})
@@ -58,25 +64,33 @@ class PolicyObjective:
         return float((future_targets(step.tokens_BT, step.response_BT, self.n_future) != IGNORE).sum())
 
     @property
-    def two_pass(self) -> bool:
-        return self.settings.get("scope") == "two_pass"
+    def scored_first(self) -> bool:
+        """Whether a step must be scored before its losses are taken: every one under two_pass, the first one under lagged."""
+        return self._two_pass or (self.lag is not None and not self.lag.known)
 
     @torch.no_grad()
     def weigh_step(self, model: nn.Module, step: Batch, batches: list[Batch], world: World) -> list[Batch]:
         """This rank's micro-batches with weights whose population is the whole step: a forward without gradients comes first, and the
-        losses of all ranks are put together. Every rank joins and finds the same weights; they are checked at once.
+        losses of all ranks are put together. Every rank joins and finds the same weights; they are checked at once. Lagged, the
+        statistics of the step are found in their place.
         """
         step, needs_entropy = step.to(world.device), self._needs_entropy
-        whole = torch.zeros(1 + needs_entropy, *step.tokens_BT.shape, self.n_future, dtype=torch.float64, device=world.device)
-        for batch in batches:
-            # zip ends where there is no entropy; filler adds its zeros to the first row.
-            for part_BTF, q_BTF in zip(whole, self._forward(model, batch, self._targets(batch), needs_entropy)):
-                part_BTF[batch.place_B, : q_BTF.shape[1]] += q_BTF
-        whole = world.sum(whole)
+        whole = self._whole(step, [(one.place_B, *self._forward(model, one, self._targets(one), needs_entropy)) for one in batches], world)
+        if self.lag is not None:
+            self.lag.update(self._measured(step, whole))
+            return batches
         valid_BTF = self._targets(step) != IGNORE
         weight_BTF = check_weights(self._weigh(step, whole[0], whole[-1], valid_BTF), valid_BTF)
         own = [(batch, self._targets(batch) != IGNORE) for batch in batches]
         return [replace(batch, weight_BTF=weight_BTF[batch.place_B, : valid.shape[1]] * valid) for batch, valid in own]
+
+    @torch.no_grad()
+    def remember(self, step: Batch, world: World) -> None:
+        """Lagged: what this step's losses say of the next. After the optimizer's step; every rank joins."""
+        if self.lag is not None:
+            step, seen = step.to(world.device), self.lag.seen
+            self.lag.seen = []
+            self.lag.update(self._measured(step, self._whole(step, seen, world)))
 
     def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Sum of w * ce over this micro-batch, and detached float64 sums for the log, [F] each where they are by head.
@@ -87,6 +101,8 @@ class PolicyObjective:
         targets_BTF = self._targets(batch)
         valid_BTF = targets_BTF != IGNORE
         ce_BTF, entropy_BTF = self._forward(model, batch, targets_BTF, self._needs_entropy and not self._known(batch))
+        if self.lag is not None and torch.is_grad_enabled():
+            self.lag.seen.append((batch.place_B, ce_BTF.detach(), entropy_BTF))
         return self.weighted(batch, ce_BTF, entropy_BTF, valid_BTF)
 
     def weighted(self, batch: Batch, ce_BTF: Tensor, entropy_BTF: Tensor | None, valid_BTF: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
@@ -97,8 +113,8 @@ class PolicyObjective:
                 weight_BTF = self._by_head(align_future(batch.weight_BT, self.n_future, 0.0), valid_BTF)
             return (weight_BTF * ce_BTF * valid_BTF).sum(), _sums(ce_BTF.detach(), weight_BTF, valid_BTF, batch)
         weight_BTF = self._weigh(batch, ce_BTF.detach(), entropy_BTF, valid_BTF)
-        faults = _faults(weight_BTF, valid_BTF)
-        total = (weight_BTF * ce_BTF * valid_BTF).sum() * torch.where(faults[:3].any(), torch.nan, 1.0)
+        faults = _faults(weight_BTF, valid_BTF, self._population)
+        total = (weight_BTF * ce_BTF * valid_BTF).sum() * torch.where(faults[:4].any(), torch.nan, 1.0)
         return total, _sums(ce_BTF.detach(), weight_BTF, valid_BTF, batch) | {"faults": faults}
 
     def summary(self, sums: Mapping[str, Tensor]) -> dict[str, float]:
@@ -121,6 +137,15 @@ class PolicyObjective:
         }  # fmt: skip
 
     @property
+    def _two_pass(self) -> bool:
+        return self.settings.get("scope") == "two_pass"
+
+    @property
+    def _population(self) -> tuple[int, ...]:
+        """The axes of [B, T, F] over which weights have mean 1; none where a single micro-batch cannot tell."""
+        return () if self.lag is not None else STEP if self._two_pass else ROWS
+
+    @property
     def _needs_entropy(self) -> bool:
         return "entropy_BTF" in array_names(self.method.function())
 
@@ -137,8 +162,23 @@ class PolicyObjective:
             return model(batch.tokens_BT, targets_BTF, first=first, with_entropy=True)
         return model(batch.tokens_BT, targets_BTF, first=first), None
 
+    def _whole(self, step: Batch, parts: Iterable[tuple[Tensor, Tensor, Tensor | None]], world: World) -> Tensor:
+        """Losses and, where they are needed, entropies of the whole step, float64 [1 or 2, B, T, F], from all micro-batches and ranks."""
+        whole = torch.zeros(1 + self._needs_entropy, *step.tokens_BT.shape, self.n_future, dtype=torch.float64, device=world.device)
+        for place_B, *found in parts:
+            # zip ends where there is no entropy; filler adds its zeros to the first row.
+            for part_BTF, q_BTF in zip(whole, found):
+                part_BTF[place_B, : q_BTF.shape[1]] += q_BTF
+        return world.sum(whole)
+
+    def _measured(self, step: Batch, whole: Tensor) -> Known:
+        found: Known = {}
+        self.method.weigh(vars(step) | {"ce_BTF": whole[0], "entropy_BTF": whole[-1]}, {**self.settings, "lag": found})
+        return found
+
     def _weigh(self, batch: Batch, ce_BTF: Tensor, entropy_BTF: Tensor | None, valid_BTF: Tensor) -> Tensor:
-        weight_BTF = self.method.weigh(vars(batch) | {"ce_BTF": ce_BTF, "entropy_BTF": entropy_BTF}, self.settings)
+        lagged = {} if self.lag is None else {"lag": self.lag.known}
+        weight_BTF = self.method.weigh(vars(batch) | {"ce_BTF": ce_BTF, "entropy_BTF": entropy_BTF}, {**self.settings, **lagged})
         return self._by_head(self._mixed(weight_BTF, valid_BTF), valid_BTF)
 
     def _mixed(self, weight: Tensor, valid: Tensor) -> Tensor:
@@ -150,12 +190,13 @@ class PolicyObjective:
         mean = sum(self.head_weights) / self.n_future
         # Numbers, not a tensor: a copy to the device would wait for it.
         scaled_BTF = torch.stack([weight_BTF[..., h].double() * (one / mean) for h, one in enumerate(self.head_weights)], dim=2)
-        if self.method.needs_forward:
-            population = (0, 1, 2) if self.two_pass else (1, 2)
-            n, total = (part.sum(population, keepdim=True, dtype=torch.float64) for part in (valid_BTF, scaled_BTF))
+        if self.method.needs_forward and self._population:
+            n, total = (part.sum(self._population, keepdim=True, dtype=torch.float64) for part in (valid_BTF, scaled_BTF))
             scaled_BTF = scaled_BTF * (n / total.clamp(min=1e-300))
         return scaled_BTF.to(weight_BTF.dtype)
 
+
+ROWS, STEP = (1, 2), (0, 1, 2)
 
 STRUCTURE = {"weighting", "n_future", "mix", "head_weights", "critic", "value_coef", "value_loss"}
 """Keys of a method's block that shape its model or loss; all others are its weighting's own arguments."""
@@ -164,46 +205,46 @@ STRUCTURE = {"weighting", "n_future", "mix", "head_weights", "critic", "value_co
 def policy_objective(
     name: str, settings: Any, beta: Callable[[], float], seed: Callable[[], int], steps: Callable[[], Iterable[Batch]]
 ) -> PolicyObjective:
-    """The objective of methods.`name`. What is not in its block is asked for only where its weighting names it, so that no other method
-    depends on it: `beta`, `seed`, and the `steps` of one pass over the split for a weighting that is fitted to it first.
+    """The objective of methods.`name`, whose block is `settings`. What is not in the block is asked for only where it is read, so that no
+    other method depends on it: `beta` where the block's own is null, and, where its weighting names them, `seed` and the `steps` of one
+    pass over the split that it is fitted to first.
     """
-    method = METHODS.get(name)
-    if method is None or method.weighting != settings.weighting:
-        known = f"{method.weighting!r}" if method else f"one of {', '.join(METHODS)}"
-        raise WeightError(f"methods.{name}: weighting {settings.weighting!r}; wmtp.weighting.METHODS has {known}")
+    method = method_of(name, settings)
     # With a shared critic wmtp.shared decides which rows train the policy.
     arguments = settings.model_dump(exclude=STRUCTURE | ({"policy_on_incorrect"} if hasattr(settings, "value_coef") else set()))
     named = keywords(method.function())
-    arguments |= {key: ask() for key, ask in (("beta", beta), ("seed", seed)) if key in named}
+    arguments |= {"beta": beta()} if reads_beta(settings) else {}
+    arguments |= {"seed": seed()} if "seed" in named else {}
     if "fitted" in named:
         arguments["fitted"] = method.module().fit((vars(step) for step in steps()), **arguments)
     head_weights = None if settings.head_weights is None else tuple(settings.head_weights)
-    return PolicyObjective(method, arguments, settings.n_future, settings.mix, head_weights)
+    lagged = isinstance(arguments.get("scope"), Mapping)
+    lag = Lag(arguments.pop("scope")["ema"]) if lagged else None
+    return PolicyObjective(method, arguments, settings.n_future, settings.mix, head_weights, lag)
 
 
 UNITS = {"critic": ("probability", "logit"), "reference": ("nats",)}
 
 
 def policy_signal(
-    name: str, path: str, data: TokenData, train_anyway: Callable[[], bool], terminal_credit: bool = False
+    name: str, settings: Any, path: str, data: TokenData, train_anyway: Callable[[], bool]
 ) -> tuple[Callable[[int], np.ndarray] | None, dict[str, str]]:
-    """The method's cached signal by row and the hashes that it adds to the run's inputs; a critic that failed its gate is refused.
+    """The cached signal of methods.`name` by row and the hashes that it adds to the run's inputs; a critic that failed its gate is refused.
 
-    `path` is the score file, or a folder that holds one for each signal.
+    `settings` is the method's block, `path` is the score file, or a folder that holds one for each signal.
     """
-    if METHODS[name].signal is None:
+    signal = method_of(name, settings).signal
+    if signal is None:
         return None, {}
-    path = str(Path(path) / f"{METHODS[name].signal}.safetensors") if Path(path).is_dir() else path
+    path = str(Path(path) / f"{signal}.safetensors") if Path(path).is_dir() else path
     scores = Scores(path, data)
-    if scores.unit not in UNITS[METHODS[name].signal]:
-        raise WeightError(
-            f"{path}: scores in units of {scores.unit}, expected {' or '.join(UNITS[METHODS[name].signal])}: another signal's file"
-        )
-    if METHODS[name].signal == "critic" and not scores.gate_passed and not train_anyway():
+    if scores.unit not in UNITS[signal]:
+        raise WeightError(f"{path}: scores in units of {scores.unit}, expected {' or '.join(UNITS[signal])}: another signal's file")
+    if signal == "critic" and not scores.gate_passed and not train_anyway():
         raise WeightError(
             f"{path}: its critic failed the quality gate (see metrics/critic.json); train it longer, or set critic.gate.train_anyway: true"
         )
-    if terminal_credit and scores.unit != "probability":
+    if getattr(settings, "terminal_credit", False) and scores.unit != "probability":
         raise WeightError(
             f"methods.{name}.terminal_credit pays a reward of 0 or 1, but {path} holds values in units of {scores.unit}, of which only"
             " differences mean anything; set it to false, or train the critic with another loss than pairwise"
@@ -225,28 +266,54 @@ def check_reached(w: float, n: float) -> None:
 
 def check_faults(faults: Tensor) -> None:
     """A WeightError where the `faults` of a step's losses say that weights broke their promise."""
-    bad, beyond, off_mean, w, n = faults.tolist()
+    bad, beyond, empty, off_mean, w, n = faults.tolist()
     if bad:
         raise WeightError("a weight is negative, infinite or not a number; look at the signal that it was made from")
+    if empty:
+        raise WeightError(f"of {empty:.0f} populations that have targets none is selected, expected at least one target each;{NOTHING}")
     if beyond or off_mean:
         raise WeightError(
             f"weights have mean {w / max(n, 1):.6f} over {n:.0f} targets or reach beyond them, expected mean 1 on the targets alone"
         )
 
 
-def _faults(weight: Tensor, valid: Tensor) -> Tensor:
-    """[5] float64: weights negative or not finite, weights off the mask, whether the mean is not 1; and for the message sum(w) and N."""
+NOTHING = " let the method's block select more (keep_fraction, percentile, alpha), or look at the signal"
+
+
+def check_selected(w: float, n: float) -> None:
+    """A WeightError where a whole step, over all ranks, has `n` targets and no weight."""
+    if n and w == 0:
+        raise WeightError(f"none of the step's {n:.0f} targets is selected by the statistics of the step before, expected some;{NOTHING}")
+
+
+def _faults(weight: Tensor, valid: Tensor, population: tuple[int, ...] | None = None) -> Tensor:
+    """[6] float64: weights negative or not finite, weights off the mask, populations with targets of which none has a weight, whether the
+    mean is not 1; and for the message sum(w) and N.
+
+    `population` are the axes of one, all where None; without any (empty) neither a population nor the mean is judged.
+    """
     bad, beyond, n, w = ~torch.isfinite(weight) | (weight < 0), (weight != 0) & ~valid, valid.sum(), weight.double().sum()
-    off_mean = (n > 0) & ~((w / n.clamp(min=1) - 1).abs() <= 1e-4)
-    return torch.stack([part.double() for part in (bad.sum(), beyond.sum(), off_mean, w, n)])
+    axes = tuple(range(weight.ndim)) if population is None else population
+    empty, off_mean = valid.any(axes) & ~((weight != 0) & valid).any(axes), (n > 0) & ~((w / n.clamp(min=1) - 1).abs() <= 1e-4)
+    judged = float(axes != ())
+    return torch.stack([part.double() for part in (bad.sum(), beyond.sum(), empty.sum() * judged, off_mean * judged, w, n)])
+
+
+SCALED = ("w", "wce", "w_incorrect", "w_end", "max_w", "max_negative_w")
+
+
+def scaled(sums: Mapping[str, Tensor], factor: Tensor) -> dict[str, Tensor]:
+    """The sums of a step's losses as they are when every weight is multiplied by `factor`, which goes into the log too."""
+    found = {name: part * factor if name in SCALED else part for name, part in sums.items()}
+    found["w2"], found["wlogw"] = sums["w2"] * factor.square(), factor * (sums["wlogw"] + factor.log() * sums["w"])
+    return found | {"note_rescale": sums["n"].sum() * factor}
 
 
 def _sums(ce_BTF: Tensor, weight_BTF: Tensor, valid_BTF: Tensor, batch: Batch) -> dict[str, Tensor]:
     ce, w = ce_BTF.double(), weight_BTF.double() * valid_BTF
     n_F, incorrect_B11 = valid_BTF.sum((0, 1)).double(), ~batch.is_correct_B[:, None, None]
     nowhere = torch.where(valid_BTF, 0.0, -torch.inf)
-    last_BT = batch.response_BT & ~functional.pad(batch.response_BT[:, 1:], (0, 1), value=False)
-    end_BTF = align_future(last_BT.double(), valid_BTF.shape[2], 0.0)
+    end_BTF = align_future(last_BT(batch.response_BT).double(), valid_BTF.shape[2], 0.0)
     sums = {
         "n": n_F, "ce": ce.sum((0, 1)), "wce": (w * ce).sum((0, 1)), "w": w.sum((0, 1)), "w2": w.square().sum((0, 1)),
         "wlogw": torch.xlogy(w, w).sum((0, 1)), "selected": (w > 0).sum((0, 1)).double(), "w_incorrect": (w * incorrect_B11).sum((0, 1)),

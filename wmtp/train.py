@@ -23,7 +23,7 @@ from wmtp.bundle import bundle_sha256
 from wmtp.model import Transformer, load_bundle
 from wmtp.optim import build_optimizer, learning_rate
 from wmtp.params import OPERATIONAL
-from wmtp.policy import PolicyObjective, check_faults, check_reached
+from wmtp.policy import PolicyObjective, check_faults, check_reached, check_selected, scaled
 from wmtp.progress import Bar
 from wmtp.records import write_text
 from wmtp.tokens import TokenData, check_same_tokenizer
@@ -85,31 +85,60 @@ def train_step(
 
     `mixed` multiplies in bfloat16; weights, gradients and moments keep the model's own type: a step of 1e-5 is lost on bfloat16 weights.
     """
-    step = objective.prepare(step)
-    # DDP and FSDP average gradients over ranks; this turns the average back into the sum.
-    scale = world.size / objective.count(step)
+    step, policy = objective.prepare(step), objective if isinstance(objective, PolicyObjective) else None
+    count = objective.count(step)
     batches = share(step, world.rank, world.size, token_budget)
-    if isinstance(objective, PolicyObjective) and objective.two_pass:
+    if policy is not None and policy.scored_first:
         with torch.autocast(world.device.type, torch.bfloat16, enabled=mixed):
-            batches = objective.weigh_step(model, step, [batch.to(world.device) for batch in batches], world)
-    sums: dict[str, Tensor] = {}
+            batches = policy.weigh_step(model, step, [batch.to(world.device) for batch in batches], world)
+    sums = _backward(model, objective, batches, world, count, mixed)
+    # On the device until the gradient's norm is waited for.
+    reached = world.sum(sums["w"].sum()) if "w" in sums else None
+    factor = count / reached if policy is not None and policy.lag is not None else None
+    if factor is not None:
+        sums = scaled(sums, factor)
+        _multiply_gradients(model, factor)
+    norm = nn.utils.clip_grad_norm_(model.parameters(), clip_norm)
+    norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+    if not math.isfinite(norm.item()):
+        raise _told(norm, sums, reached if factor is not None else None, count)
+    if reached is not None and factor is None:
+        check_reached(float(reached), count)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    if policy is not None:
+        policy.remember(step, world)
+    return sums, norm
+
+
+def _told(norm: Tensor, sums: dict[str, Tensor], lagged: Tensor | None, count: float) -> NotFinite:
+    """Why the gradient is no number, where its weights say it (a WeightError); `lagged` is their sum before it was made N."""
+    if "faults" in sums:
+        check_faults(sums["faults"])
+    if lagged is not None:
+        check_selected(float(lagged), count)
+    return NotFinite(f"gradient norm is {norm.item()}")
+
+
+def _backward(model: nn.Module, objective: Objective, batches: list[Batch], world: World, count: float, mixed: bool) -> dict[str, Tensor]:
+    """The gradient of this rank's losses over `count`; returns their sums for the log."""
+    # DDP and FSDP average gradients over ranks; this turns the average back into the sum.
+    scale, sums = world.size / count, {}
     for number, batch in enumerate(batches):
         with _last_one_synchronises(model, number == len(batches) - 1):
             with torch.autocast(world.device.type, torch.bfloat16, enabled=mixed):
                 loss, parts = objective.loss(model, batch.to(world.device))
             (loss * scale).backward()
         sums = {name: _merged(name, sums[name], part) if sums else part for name, part in parts.items()}
-    norm = nn.utils.clip_grad_norm_(model.parameters(), clip_norm)
-    norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
-    if not math.isfinite(norm.item()):
-        if "faults" in sums:
-            check_faults(sums["faults"])
-        raise NotFinite(f"gradient norm is {norm.item()}")
-    if "w" in sums:
-        check_reached(float(world.sum(sums["w"].sum())), objective.count(step))
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    return sums, norm
+    return sums
+
+
+def _multiply_gradients(model: nn.Module, factor: Tensor) -> None:
+    for parameter in model.parameters():
+        if parameter.grad is not None:
+            # A sharded gradient's own part shares its memory.
+            local = parameter.grad.to_local() if hasattr(parameter.grad, "to_local") else parameter.grad
+            local.mul_(factor.to(local.device, local.dtype))
 
 
 def _merged(name: str, one: Tensor, other: Tensor) -> Tensor:
@@ -147,6 +176,9 @@ def fit(
     optimizer = build_optimizer(wrapped, settings)
     state = checkpoint.restore(scratch, wrapped, optimizer) if scratch else None
     first, records = (state["step"], state["records"]) if state else (0, [])
+    lag = objective.lag if isinstance(objective, PolicyObjective) else None
+    if lag is not None:
+        lag.load(state["lag"] if state else {}, world.device)
     with Bar(f"{label}{' (resumed)' if first else ''}", plan.n_steps) as bar:
         bar.advance(first)
         for number in range(first, plan.n_steps):
@@ -171,7 +203,8 @@ def fit(
                     on_log(number + 1, records[-1])
             bar.advance(1, note)
             if scratch and (number + 1) % plan.checkpoint_every == 0:
-                checkpoint.save(scratch, wrapped, optimizer, {"step": number + 1, "records": records}, world)
+                weighting = {} if lag is None else {"lag": lag.state()}
+                checkpoint.save(scratch, wrapped, optimizer, {"step": number + 1, "records": records, **weighting}, world)
     model.eval()
     return records
 

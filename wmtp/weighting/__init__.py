@@ -3,14 +3,16 @@
 A file has `token_weights(...) -> [B, T]` when the weights of a whole optimizer step are known before its first forward, or
 `head_weights(...) -> [B, T, F]` when they need the forward. The names of its positional parameters choose arrays of the step
 (signal_BT, response_BT, row_B, span_B2, is_correct_B; with the forward also ce_BTF and entropy_BTF). Its keyword parameters are the
-settings of the method's block, and what it asks for by name: `beta` and `seed` of the training section, `notes` (a dict that takes
-numbers for the log), and `fitted`, what the file's own `fit(steps, **settings)` found in one pass over the split before the training.
+settings of the method's block, and what it asks for by name: `seed` of the training section, `notes` (a dict that takes numbers for the
+log), and `fitted`, what the file's own `fit(steps, **settings)` found in one pass over the split before the training.
 """
+
+from typing import Any
 
 from wmtp.weighting.method import Method, array_names, keywords
 from wmtp.weighting.projection import concentration, project_mean_one
 
-__all__ = ["METHODS", "Method", "array_names", "concentration", "keywords", "project_mean_one"]
+__all__ = ["METHODS", "Method", "MethodError", "array_names", "concentration", "keywords", "method_of", "project_mean_one"]
 
 METHODS: dict[str, Method] = {
     "ntp": Method("uniform"),
@@ -39,3 +41,37 @@ METHODS: dict[str, Method] = {
     "uniform_shared": Method("uniform"),
     "adamtp_mask": Method("adamtp_mask", needs_forward=True),
 }
+
+
+class MethodError(ValueError):
+    """A method's block for which METHODS has no row, or whose name has a row of another kind."""
+
+
+def method_of(name: str, block: Any) -> Method:
+    """The row of methods.`name`, else the row with its block's weighting: a weighting may have many blocks, each an arm of its own.
+
+    `block` has the attribute `weighting`, and `critic` (separate | shared) where its form has one.
+    """
+    if name in METHODS:
+        if _fits(METHODS[name], block):
+            return METHODS[name]
+        weighting, signal, _ = METHODS[name]
+        raise MethodError(
+            f"methods.{name}: {_told(block)}; wmtp.weighting.METHODS has {weighting!r} with signal {signal} under that name; give the block"
+            " another name"
+        )
+    fitting = [row for row in METHODS.values() if _fits(row, block)]
+    if not fitting:
+        raise MethodError(f"methods.{name}: {_told(block)}; wmtp.weighting.METHODS has no such row, only {', '.join(METHODS)}; add one")
+    return fitting[0]
+
+
+def _fits(row: Method, block: Any) -> bool:
+    critic = getattr(block, "critic", None)
+    # Values of a critic of its own are cached and known before the forward; those of a shared one are the forward's.
+    other = (critic == "shared" and row.signal is not None) or (critic == "separate" and row.needs_forward)
+    return row.weighting == block.weighting and not other
+
+
+def _told(block: Any) -> str:
+    return f"weighting {block.weighting!r}" + (f" with critic {block.critic!r}" if hasattr(block, "critic") else "")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from wmtp.advantage import policy_advantage
-from wmtp.align import align_future
+from wmtp.align import align_future, last_BT
 from wmtp.weighting.projection import concentration, project_mean_one, shares_at_bounds, total
 
 _BETA_BISECTIONS = 40
@@ -21,7 +21,6 @@ def token_weights(
     response_BT: Tensor,
     is_correct_B: Tensor | None = None,
     *,
-    beta: float,
     gamma: float,
     lam: float | str,
     terminal_credit: bool = False,
@@ -33,12 +32,16 @@ def token_weights(
 
     `signal_BT` are the critic's values by state (probabilities of passing, 0..1); only their differences enter. `terminal_credit` pays
     `is_correct_B` as the reward at the last token. `exponential` are the settings of `exponential_weights`; `policy_on_incorrect`
-    `binary` has none and takes 1[A > 0] for every row in their place. Which rows a step has is not decided here.
+    `binary` has none and takes 1[A > 0] for every row in their place, and the last token of correct ones. Which rows a step has is not
+    decided here.
     """
     advantage_BT = _advantage(signal_BT, response_BT, is_correct_B, gamma, lam, terminal_credit)
     if policy_on_incorrect == "binary":
-        return positive_weights(advantage_BT, response_BT)
-    return exponential_weights(advantage_BT, response_BT, beta=beta, notes=notes, **exponential)
+        # The end of text has the advantage 0 by construction; never selected, it would never be learnt, and no program would end. Where an
+        # incorrect one stops is none of what a policy should learn.
+        ends_BT = last_BT(response_BT)
+        return positive_weights(advantage_BT, response_BT, ends_BT if is_correct_B is None else ends_BT & is_correct_B[:, None])
+    return exponential_weights(advantage_BT, response_BT, notes=notes, **exponential)
 
 
 def exponential_weights(

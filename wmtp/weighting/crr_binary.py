@@ -1,9 +1,9 @@
 """Binary critic-regularised regression: train on the tokens of positive advantage, 1[A > 0] (Wang et al. 2020, 2006.15134)."""
 
 from torch import Tensor
-from torch.nn import functional
 
 from wmtp.advantage import policy_advantage
+from wmtp.align import last_BT
 from wmtp.weighting.advantage import positive_weights, row_lam
 
 
@@ -14,5 +14,4 @@ def token_weights(signal_BT: Tensor, response_BT: Tensor, *, gamma: float, lam: 
     construction; without it the policy would never learn to stop. A step without any A > 0 is an error.
     """
     advantage_BT = policy_advantage(signal_BT.detach().double(), response_BT, gamma, row_lam(lam, response_BT))
-    last_BT = response_BT & ~functional.pad(response_BT[:, 1:], (0, 1), value=False)
-    return positive_weights(advantage_BT, response_BT, last_BT)
+    return positive_weights(advantage_BT, response_BT, last_BT(response_BT))

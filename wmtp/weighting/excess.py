@@ -6,6 +6,7 @@ from typing import Any
 from torch import Tensor
 
 from wmtp.weighting.heads import by_head, by_target, decide, pooled, pooled_zscore, separate, shared, targets
+from wmtp.weighting.lag import Known
 from wmtp.weighting.selection import percentile_emphasis, select_top, tokenskip, topk, weighted
 
 __all__ = ["HEAD_MODES", "head_weights", "select_top", "signed_excess"]
@@ -23,6 +24,7 @@ def head_weights(
     selection: str = "topk",
     head_mode: str = "shared_target",
     scope: str = "sequence",
+    lag: Known | None = None,
     **settings: Any,
 ) -> Tensor:
     """Weights [B, T, F] float32 from the SIGNED excess of the detached training loss `ce_BTF` over the reference's loss by target token.
@@ -32,7 +34,7 @@ def head_weights(
     `shared_target`: head 0's, for all. A far head's excess holds information about skipped tokens that no training removes, and would
     drown the rest. `per_head`: each head's own. `pooled`: all targets of all heads compete; `per_head_zscore`: the same with scores
     standardised in each head. The population is a row (exact however rows are split), or all rows where `scope` is two_pass: then they
-    are a whole step. Its weights have mean 1.
+    are a whole step. Its weights have mean 1. With a `lag` the statistics are those of an earlier step (wmtp.weighting.lag).
     """
     excess_BTF = signed_excess(ce_BTF, signal_BT)
     if selection == "softmax_over_heads":
@@ -40,7 +42,7 @@ def head_weights(
     if selection == "absolute":
         selection, excess_BTF = "topk", excess_BTF.abs()
     weigh = partial(_SELECTIONS[selection], **settings)
-    return decide(excess_BTF, response_BT, HEAD_MODES[head_mode], weigh, row_B if scope == "two_pass" else None)
+    return decide(excess_BTF, response_BT, HEAD_MODES[head_mode], weigh, row_B if scope == "two_pass" else None, lag)
 
 
 def signed_excess(ce_BTF: Tensor, reference_BT: Tensor) -> Tensor:
