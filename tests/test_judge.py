@@ -10,11 +10,12 @@ from pathlib import Path
 
 import pytest
 
+from tests.real import real
 from wmtp import judge as judging
 from wmtp.judge import Limits, judge, self_check, tier
+from wmtp.problems import read_humaneval, read_mbpp, read_sanitized_mbpp
 from wmtp.records import VERDICTS, AssertTests, CallTests, CheckTests, Problem, StdioTests, Verdict
 
-DATASETS = Path(__file__).parents[2] / "shared" / "datasets"
 LIMITS = Limits(cpu_seconds=1.0, wall_seconds=3.0, memory_mb=256, output_bytes=1 << 20)
 
 
@@ -312,7 +313,7 @@ def total(node):
     return node.value + total(node.next) if node else 0
 """
     made = outcome(task, program)
-    assert (made.verdict, made.detail) == ("pass", "")
+    assert (made.verdict, made.detail, made.inside) == ("pass", "", False)
 
 
 def test_lazy_results_types_and_standard_modules_cross():
@@ -336,7 +337,8 @@ def test_where_values_cannot_cross_the_tests_run_inside_and_the_detail_says_so()
     task = problem(AssertTests(asserts=["assert apply(lambda x: x + 1, 2) == 3"]))
     made = judge([(task, f"def apply(f, x): return {body}\n") for body in ("f(x)", "0", "1 / 0", "exit()")], LIMITS, 1)
     assert [each.verdict for each in made] == ["pass", "fail", "error", "error"]
-    assert all("inside" in each.detail for each in made)
+    assert all("inside" in each.detail and each.inside for each in made)
+    assert self_check([task.model_copy(update={"reference": "def apply(f, x): return f(x)\n"})], LIMITS, 1)["n_inside"] == 1
 
 
 def test_exceptions_of_the_program_reach_tests_that_expect_them():
@@ -451,35 +453,16 @@ def lines(path):
 
 
 def humaneval():
-    path = DATASETS / "humaneval" / "HumanEval.jsonl.gz"
-    if not path.exists():
-        pytest.skip(f"needs {path}")
-    rows = lines(path)
-    return [
-        problem(
-            CheckTests(test=row["test"], entry_point=row["entry_point"]),
-            row["task_id"],
-            prompt=row["prompt"],
-            reference=row["prompt"] + row["canonical_solution"],
-        )
-        for row in rows
-    ]
+    return read_humaneval(real("humaneval/HumanEval.jsonl.gz"))
 
 
 def mbpp():
-    path = DATASETS / "mbpp" / "mbpp.jsonl"
-    if not path.exists():
-        pytest.skip(f"needs {path}")
-    rows = lines(path)
-    return [
-        problem(AssertTests(setup=row["test_setup_code"], asserts=row["test_list"]), str(row["task_id"]), reference=row["code"])
-        for row in rows
-    ]
+    return read_mbpp(real("mbpp/mbpp.jsonl"))
 
 
 def test_references_of_humaneval_pass():
     report = self_check(humaneval(), Limits(), 2)
-    assert (report["n_passed"], report["failed"]) == (164, [])
+    assert (report["n_passed"], report["n_inside"], report["failed"]) == (164, 0, [])
 
 
 def test_empty_bodies_of_humaneval_fail():
@@ -489,22 +472,37 @@ def test_empty_bodies_of_humaneval_fail():
 
 
 def test_references_of_odd_mbpp_tasks_pass():
-    tasks = [task for task in mbpp() if int(task.task_id) in {126, 367, 533, 596, 601, 912, 927} or int(task.task_id) % 20 == 1]
+    odd = {f"mbpp/{number}" for number in (126, 367, 533, 596, 601, 912, 927, *range(1, 975, 20))}
+    tasks = [task for task in mbpp() if task.task_id in odd]
     made = judge([(task, task.reference) for task in tasks], Limits(), 2)
     assert [(task.task_id, each) for task, each in zip(tasks, made) if each.verdict != "pass" or each.detail] == []
 
 
 @pytest.mark.slow
 def test_references_of_mbpp_pass():
+    """All of them with the tests outside: what cannot cross as a value crosses as a handle."""
     report = self_check(mbpp(), Limits(), 2)
-    assert (report["n_passed"], report["failed"]) == (974, [])
+    assert (report["n_passed"], report["n_inside"], report["failed"]) == (974, 0, [])
+
+
+@pytest.mark.slow
+def test_references_of_sanitized_mbpp_pass():
+    report = self_check(read_sanitized_mbpp(real("mbpp/sanitized-mbpp.json")), Limits(), 2)
+    assert (report["n_passed"], report["n_inside"], report["failed"]) == (427, 0, [])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [367, 927])
+def test_mbpp_setup_before_the_code_fails(number):
+    """The set-up code uses a class that the solution defines: with the other order the reference does not even load."""
+    task = next(task for task in mbpp() if task.task_id == f"mbpp/{number}")
+    early = task.model_copy(update={"tests": task.tests.model_copy(update={"setup": ""})})
+    assert judge([(early, f"{task.tests.setup}\n{task.reference}")], Limits(), 1)[0].verdict == "error"
 
 
 @pytest.mark.slow
 def test_every_fourth_contest_solution_gets_its_verdict():
-    path = DATASETS / "codecontests_slice" / "problems.jsonl.gz"
-    if not path.exists():
-        pytest.skip(f"needs {path}")
+    path = real("codecontests_slice/problems.jsonl.gz")
     tasks = {}
     for row in lines(path):
         if row["checker"] != "unverified" and row["reference_seconds_max"] < 1:
@@ -518,9 +516,7 @@ def test_every_fourth_contest_solution_gets_its_verdict():
 
 @pytest.mark.stress
 def test_stored_samples_get_their_stored_verdicts():
-    folder = DATASETS / "codet_samples"
-    if not folder.exists():
-        pytest.skip(f"needs {folder}")
+    folder = real("codet_samples")
     prompts = {row["task_id"]: row for row in lines(folder / "HumanEval_for_code_generation.jsonl")}
     by_prompt = {row["prompt"]: row["task_id"] for row in prompts.values()}
     tasks = {task.task_id: task for task in humaneval()}

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.house import ROOT
+from tests.real import real
 from wmtp.judge.files import left_out, read_problems, read_samples
 from wmtp.passk import pass_at_k
 from wmtp.protocols import PROTOCOLS
@@ -85,10 +86,19 @@ def test_the_projects_own_records_with_stdin_tests(tmp_path):
 def test_self_check_passes_and_says_what_does_not(tmp_path):
     done = command("--self-check", lines(tmp_path / "p.jsonl", PROBLEMS))
     assert done.returncode == 0 and "attacks: 12 of 12 fail; a right program passes" in done.stdout
-    assert "references: 2 of 2 pass" in done.stdout
+    assert "references: 2 of 2 pass, 0 by tests inside the sample" in done.stdout
     broken = [PROBLEMS[0], {**PROBLEMS[1], "canonical_solution": "    return 0\n"}]
     done = command("--self-check", lines(tmp_path / "p.jsonl", broken))
-    assert done.returncode == 1 and "references: 1 of 2 pass\n  Own/2 does not pass" in done.stdout
+    assert done.returncode == 1 and "references: 1 of 2 pass, 0 by tests inside the sample\n  Own/2 does not pass" in done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "n"), [("humaneval/HumanEval.jsonl.gz", 164), ("mbpp/mbpp.jsonl", 974), ("mbpp/sanitized-mbpp.json", 427)]
+)
+def test_self_check_of_the_real_files(name, n):
+    done = command("--self-check", real(name), "--workers", 2)
+    assert done.returncode == 0 and f"references: {n} of {n} pass, 0 by tests inside the sample" in done.stdout
 
 
 FAULTS = {

@@ -25,6 +25,7 @@ class Decision:
     verdict: str
     detail: str
     starved: bool = False
+    inside: bool = False
 
 
 @functools.lru_cache(maxsize=4096)
@@ -137,10 +138,10 @@ def inside(session: Session, job: dict, reason: str) -> Decision:
         session.load(job["program"])
         session.run(inside_source(job["tests"]))
     except Raised as raised:
-        return Decision("fail" if raised.name == "AssertionError" else "error", f"{raised}; {note}")
+        return Decision("fail" if raised.name == "AssertionError" else "error", f"{raised}; {note}", inside=True)
     except Ended as ended:
-        raise Ended(ended.verdict, f"{ended.detail}; {note}", ended.starved) from None
-    return Decision("pass", note)
+        return Decision(ended.verdict, f"{ended.detail}; {note}", ended.starved, inside=True)
+    return Decision("pass", note, inside=True)
 
 
 def decide_function(sandbox: Sandbox, job: dict) -> Decision:
@@ -229,7 +230,7 @@ def main() -> None:
             decision = Decision("harness-error", str(error))
             sandbox.__exit__()
             sandbox = Sandbox(limits)
-        reply = {"verdict": decision.verdict, "detail": printable(decision.detail), "starved": decision.starved}
-        replies.write(json.dumps(reply) + "\n")
+        reply = dataclasses.replace(decision, detail=printable(decision.detail))
+        replies.write(json.dumps(dataclasses.asdict(reply)) + "\n")
         replies.flush()
     sandbox.__exit__()

@@ -25,10 +25,12 @@ __all__ = ["Limits", "Outcome", "judge", "self_check", "tier"]
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """`verdict`: one of records.VERDICTS. `detail`: one line for people, and where the tests had to run inside the sample, it says so."""
+    """`verdict`: one of records.VERDICTS. `detail`: one line for people. `inside`: values could not cross the sandbox's border, so the
+    tests ran beside the program, where a hostile one could forge them; the detail says so too."""
 
     verdict: str
     detail: str
+    inside: bool = False
 
 
 class Referee:
@@ -60,8 +62,8 @@ class Referee:
         self.close()
         self.start()
         if status == -signal.SIGALRM:
-            return {"verdict": "timeout", "detail": "comparing the program's answers did not end", "starved": False}
-        return {"verdict": "harness-error", "detail": f"the judging process ended with status {status}", "starved": False}
+            return {"verdict": "timeout", "detail": "comparing the program's answers did not end", "starved": False, "inside": False}
+        return {"verdict": "harness-error", "detail": f"the judging process ended with status {status}", "starved": False, "inside": False}
 
     def close(self) -> None:
         self.process.kill()
@@ -129,17 +131,24 @@ def judge(jobs: Sequence[tuple[Problem, str]], limits: Limits, workers: int, on_
     doubtful = [index for index, decision in enumerate(decisions) if decision["starved"] or decision["verdict"] == "harness-error"]
     for index, decision in zip(doubtful, _run([unique[index] for index in doubtful], limits, 1, lambda _: None), strict=True):
         decisions[index] = decision
-    outcomes = {line: Outcome(decision["verdict"], decision["detail"]) for line, decision in zip(unique, decisions, strict=True)}
+    outcomes = {
+        line: Outcome(decision["verdict"], decision["detail"], decision["inside"]) for line, decision in zip(unique, decisions, strict=True)
+    }
     return [outcomes[line] for line in lines]
 
 
 def self_check(problems: Sequence[Problem], limits: Limits, workers: int) -> dict:
-    """Judges every reference: n_problems, n_passed, n_without_reference, harness_errors, the sorted task_ids in `failed`, tier, python."""
+    """Judges every reference.
+
+    n_problems, n_passed, n_inside (tests ran inside the sample), n_without_reference, harness_errors, the sorted task_ids in `failed`,
+    tier, python.
+    """
     referenced = [problem for problem in problems if problem.reference is not None]
     outcomes = judge([(problem, problem.reference) for problem in referenced], limits, workers)
     return {
         "n_problems": len(problems),
         "n_passed": sum(outcome.verdict == "pass" for outcome in outcomes),
+        "n_inside": sum(outcome.inside for outcome in outcomes),
         "n_without_reference": len(problems) - len(referenced),
         "harness_errors": sum(outcome.verdict == "harness-error" for outcome in outcomes),
         "failed": sorted(problem.task_id for problem, outcome in zip(referenced, outcomes, strict=True) if outcome.verdict != "pass"),

@@ -106,7 +106,7 @@ def check(path: str | None, limits: Limits, workers: int) -> int:
     if path is None:
         return 0 if right and not passed else 1
     found = self_check(list(read_problems(path).values()), limits, workers)
-    print(f"references: {found['n_passed']} of {found['n_problems']} pass")
+    print(f"references: {found['n_passed']} of {found['n_problems']} pass, {found['n_inside']} by tests inside the sample")
     for task_id in found["failed"]:
         print(f"  {task_id} does not pass")
     return 0 if right and not passed and found["n_passed"] == found["n_problems"] else 1
