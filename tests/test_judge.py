@@ -577,6 +577,6 @@ def test_time_counts_cpu_not_the_clock():
 def test_waiting_for_a_processor_is_not_held_against_a_program():
     """Sixteen workers share the processors: by the clock each program takes far longer than its wall limit."""
     work = "import time\nstart = time.process_time()\nwhile time.process_time() - start < 0.5: pass\n"
-    lines = [judging._line(ASSERTS, f"{work}# {i}\n{RIGHT}") for i in range(16)]
-    made = judging._run(lines, Limits(cpu_seconds=2.0, wall_seconds=2.0), 16, lambda _: None)
+    jobs = judging._jobs([(ASSERTS, f"{work}# {i}\n{RIGHT}") for i in range(16)])
+    made = judging._run(jobs, Limits(cpu_seconds=2.0, wall_seconds=2.0), 16, lambda _: None)
     assert {each["verdict"] for each in made} == {"pass"}

@@ -89,7 +89,7 @@ def test_self_check_passes_and_says_what_does_not(tmp_path):
     assert "references: 2 of 2 pass, 0 by tests inside the sample" in done.stdout
     broken = [PROBLEMS[0], {**PROBLEMS[1], "canonical_solution": "    return 0\n"}]
     done = command("--self-check", lines(tmp_path / "p.jsonl", broken))
-    assert done.returncode == 1 and "references: 1 of 2 pass, 0 by tests inside the sample\n  Own/2 does not pass" in done.stdout
+    assert done.returncode == 1 and "references: 1 of 2 pass, 0 by tests inside the sample\n  Own/2 does not pass: fail " in done.stdout
 
 
 @pytest.mark.slow

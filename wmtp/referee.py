@@ -1,7 +1,7 @@
 """The trusted process of one worker: holds the tests, runs them here, and sends the sample nothing but calls.
 
-Reads jobs as JSON lines on stdin, writes one outcome a line on stdout. A comparison that a hostile answer makes endless dies by the
-alarm set for each job; the parent knows that signal.
+Reads JSON lines on stdin, a problem and then programs for it, and writes one outcome a program on stdout. A comparison that a hostile
+answer makes endless dies by the alarm set for each job; the parent knows that signal.
 """
 
 import ast
@@ -223,9 +223,14 @@ def main() -> None:
     confine.die_with_parent()
     limits = Limits(**json.loads(sys.stdin.readline()))
     sandbox = Sandbox(limits)
+    problem: dict = {}
     for line in sys.stdin:
+        fields = json.loads(line)
+        if "program" not in fields:
+            problem = fields
+            continue
         try:
-            decision = decide(sandbox, json.loads(line))
+            decision = decide(sandbox, problem | fields)
         except HarnessError as error:
             decision = Decision("harness-error", str(error))
             sandbox.__exit__()

@@ -43,6 +43,7 @@ class Referee:
         self.start()
 
     def start(self) -> None:
+        self.told: str | None = None
         self.process = subprocess.Popen(
             interpreter("wmtp.referee:main"), env=self.environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True
         )
@@ -52,6 +53,14 @@ class Referee:
         with contextlib.suppress(BrokenPipeError):  # a dead referee shows at the next reading
             self.process.stdin.write(line.encode() + b"\n")
             self.process.stdin.flush()
+
+    def give(self, job: tuple[str, str]) -> None:
+        """A job of `_jobs`; the problem is sent where it is not the last one."""
+        problem, program = job
+        if problem != self.told:
+            self.write(problem)
+            self.told = problem
+        self.write(program)
 
     def read(self) -> dict:
         """The decision on the job in flight; a referee that died is replaced, and its signal decides."""
@@ -72,17 +81,17 @@ class Referee:
         self.process.stdout.close()
 
 
-def _run(lines: Sequence[str], limits: Limits, workers: int, on_done: Callable[[int], None]) -> list[dict]:
-    """Decisions on jobs, one JSON line each, in order; `on_done(index)` after each."""
-    decisions: list[dict] = [{}] * len(lines)
-    waiting = collections.deque(enumerate(lines))
+def _run(jobs: Sequence[tuple[str, str]], limits: Limits, workers: int, on_done: Callable[[int], None]) -> list[dict]:
+    """Decisions on jobs as `_jobs` makes them, in order; `on_done(index)` after each."""
+    decisions: list[dict] = [{}] * len(jobs)
+    waiting = collections.deque(enumerate(jobs))
     poll = select.poll()
     busy: dict[int, tuple[int, Referee]] = {}
 
     def give(referee: Referee) -> None:
         if waiting:
-            index, line = waiting.popleft()
-            referee.write(line)
+            index, job = waiting.popleft()
+            referee.give(job)
             busy[referee.process.stdout.fileno()] = (index, referee)
             poll.register(referee.process.stdout, select.POLLIN)
 
@@ -90,7 +99,7 @@ def _run(lines: Sequence[str], limits: Limits, workers: int, on_done: Callable[[
         # Referees are killed, not asked to leave, so what they leave behind is removed from here.
         scratch = stack.enter_context(tempfile.TemporaryDirectory(prefix="wmtp-judge-"))
         os.chmod(scratch, 0o711)
-        for _ in range(min(workers, len(lines))):
+        for _ in range(min(workers, len(jobs))):
             referee = Referee(limits, scratch)
             stack.callback(referee.close)
             give(referee)
@@ -104,8 +113,13 @@ def _run(lines: Sequence[str], limits: Limits, workers: int, on_done: Callable[[
     return decisions
 
 
-def _line(problem: Problem, program: str) -> str:
-    return json.dumps({"program": program, "prompt": problem.prompt, "tests": problem.tests.model_dump()}, sort_keys=True)
+def _jobs(jobs: Sequence[tuple[Problem, str]]) -> list[tuple[str, str]]:
+    """(problem, program) as JSON lines for a referee; jobs of one problem share the first, which may be long."""
+    texts: dict[int, str] = {}
+    for problem, _ in jobs:
+        if id(problem) not in texts:
+            texts[id(problem)] = json.dumps({"prompt": problem.prompt, "tests": problem.tests.model_dump()}, sort_keys=True)
+    return [(texts[id(problem)], json.dumps({"program": program})) for problem, program in jobs]
 
 
 def judge(jobs: Sequence[tuple[Problem, str]], limits: Limits, workers: int, on_done: Callable[[int], None] | None = None) -> list[Outcome]:
@@ -116,7 +130,7 @@ def judge(jobs: Sequence[tuple[Problem, str]], limits: Limits, workers: int, on_
     """
     if workers < 1:
         raise ValueError(f"workers: expected at least 1, found {workers}")
-    lines = [_line(problem, program) for problem, program in jobs]
+    lines = _jobs(jobs)
     copies = collections.Counter(lines)
     unique = list(copies)
     done = 0
