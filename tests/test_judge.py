@@ -6,11 +6,13 @@ import os
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import pytest
 
 from tests.real import real
+from wmtp import confine
 from wmtp import judge as judging
 from wmtp.judge import Limits, judge, self_check, tier
 from wmtp.problems import read_humaneval, read_mbpp, read_sanitized_mbpp
@@ -440,6 +442,35 @@ def test_self_check_counts_and_names_what_does_not_pass():
     assert report["failed"] == ["a", "b"]
     assert (report["n_problems"], report["n_passed"], report["n_without_reference"], report["harness_errors"]) == (4, 1, 1, 0)
     assert report["tier"] == tier()
+
+
+@pytest.mark.parametrize("found", confine.TIERS)
+@pytest.mark.parametrize("accepted", [False, True])
+def test_a_weak_tier_is_refused_unless_accepted(monkeypatch, found, accepted):
+    monkeypatch.setattr(judging, "tier", lambda: found)
+    if found in ("seccomp", "rlimits") and not accepted:
+        with pytest.raises(judging.WeakSandbox, match=rf"found {found}, .* or set the key"):
+            judging.require_strong(accepted, "set the key")
+    else:
+        assert judging.require_strong(accepted, "set the key") == found
+
+
+@pytest.mark.parametrize(("kind", "accepted", "refused"), [("synthetic", False, False), ("local", False, True), ("local", True, False)])
+def test_the_stages_ask_for_a_strong_tier_but_for_the_projects_own_problems(monkeypatch, tmp_path, kind, accepted, refused):
+    from stages import evaluate_humaneval_mbpp
+
+    class Judged(Exception):
+        pass
+
+    def stop(*_):
+        raise Judged
+
+    evaluation = types.SimpleNamespace(accept_weak_sandbox=accepted, cpu_seconds=3.0, wall_seconds=10.0, memory_mb=512)
+    params = types.SimpleNamespace(evaluation=evaluation, source=types.SimpleNamespace(data=types.SimpleNamespace(kind=kind)))
+    monkeypatch.setattr(judging, "tier", lambda: "rlimits")
+    monkeypatch.setattr(evaluate_humaneval_mbpp, "read_jsonl", stop)
+    with pytest.raises(judging.WeakSandbox if refused else Judged):
+        evaluate_humaneval_mbpp.work(params, None, "c", "f", "o", "m")
 
 
 def test_judging_imports_no_torch():

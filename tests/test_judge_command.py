@@ -101,6 +101,35 @@ def test_self_check_of_the_real_files(name, n):
     assert done.returncode == 0 and f"references: {n} of {n} pass, 0 by tests inside the sample" in done.stdout
 
 
+# Denied in the command's process and so in all that it starts: system calls by number (x86-64, aarch64), beside those of namespaces.
+DENIED = """
+import runpy, sys
+from wmtp import confine, seccomp
+seccomp._DENIED.update({denied})
+confine.prctl(38, 1)
+seccomp.install(None)
+sys.argv = ["judge", *{arguments}]
+runpy.run_module("wmtp.judge", run_name="__main__")
+"""
+LANDLOCK, SECCOMP = {"landlock_create_ruleset": (444, 444)}, {"seccomp": (317, 277)}
+
+
+@pytest.mark.parametrize(("tier", "denied"), [("seccomp", LANDLOCK), ("rlimits", LANDLOCK | SECCOMP), ("landlock+seccomp", {})])
+@pytest.mark.parametrize("accepted", [False, True])
+def test_where_files_cannot_be_walled_off_judging_waits_for_a_word(tmp_path, tier, denied, accepted):
+    arguments = [str(lines(tmp_path / "p.jsonl", PROBLEMS)), str(lines(tmp_path / "s.jsonl", samples()))]
+    arguments += ["--out", str(tmp_path / "v.jsonl"), "--workers", "1", *["--accept-weak-sandbox"][:accepted]]
+    code = DENIED.format(denied=denied, arguments=arguments)
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    if tier.startswith("landlock") and "isolation landlock" not in done.stdout:
+        pytest.skip("no Landlock in this kernel")
+    if accepted or tier.startswith("landlock"):
+        assert done.returncode == 0 and f"isolation {tier}\n" in done.stdout, done.stderr
+    else:
+        assert done.returncode == 1 and done.stderr.count("\n") == 1 and f"isolation: found {tier}" in done.stderr
+        assert "--accept-weak-sandbox" in done.stderr and not (tmp_path / "v.jsonl").exists()
+
+
 FAULTS = {
     "a sample of an unknown problem": (
         PROBLEMS,

@@ -14,13 +14,15 @@ import platform
 import select
 import signal
 import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Sequence
 
+from wmtp import confine
 from wmtp.records import Problem
 from wmtp.sandbox import Limits, Sandbox, environment, interpreter
 
-__all__ = ["Limits", "Outcome", "judge", "self_check", "tier"]
+__all__ = ["Limits", "Outcome", "WeakSandbox", "judge", "require_strong", "self_check", "tier"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -176,3 +178,20 @@ def tier() -> str:
     """The isolation in force on this machine, found by a self-test: the first of confine.TIERS that works."""
     with Sandbox(Limits()) as sandbox:
         return sandbox.tier
+
+
+class WeakSandbox(ValueError):
+    """This machine confines programs too little to run them unasked."""
+
+
+def require_strong(accept_weak: bool, switch: str) -> str:
+    """The tier; WeakSandbox where it keeps no files from a program, unless `accept_weak`. `switch` tells how to accept it."""
+    found = tier()
+    if found in confine.WEAK_TIERS and not accept_weak:
+        raise WeakSandbox(
+            f"isolation: found {found}, under which programs reach this user's files; expected one of "
+            f"{', '.join(one for one in confine.TIERS if one not in confine.WEAK_TIERS)}. Allow namespaces or Landlock, or {switch}"
+        )
+    if found in confine.WEAK_TIERS:
+        print(f"isolation {found}: programs can reach this user's files", file=sys.stderr)
+    return found

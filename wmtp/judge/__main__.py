@@ -7,7 +7,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from wmtp.judge import Limits, Outcome, judge, tier
+from wmtp.judge import Limits, Outcome, judge, require_strong, tier
 from wmtp.judge.attacks import ATTACKS, RIGHT, TASK
 from wmtp.judge.evalplus import Suites, read_suites
 from wmtp.judge.files import Sample, is_evalplus, left_out, read_problems, read_samples
@@ -31,6 +31,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--protocol", choices=sorted(PROTOCOLS), help="cut and put completions together as this does (default: as they are)"
     )
+    parser.add_argument(
+        "--accept-weak-sandbox", action="store_true", help="judge although programs can reach this user's files; see docs/judge.md"
+    )
     parser.add_argument("--self-check", action="store_true", help="judge attacks, which must fail, and the references of PROBLEMS")
     found = parser.parse_args()
     if not found.self_check and not (found.problems and found.samples and found.out):
@@ -45,6 +48,7 @@ def main() -> int:
     given = arguments()
     limits = Limits(cpu_seconds=given.timeout, wall_seconds=max(10.0, 3 * given.timeout), memory_mb=given.memory)
     try:
+        require_strong(given.accept_weak_sandbox, "give --accept-weak-sandbox")
         ks = [int(k) for k in given.k.split(",")]
         return check(given.problems, limits, given.workers) if given.self_check else run(given, ks, limits)
     except (ValueError, OSError) as error:
