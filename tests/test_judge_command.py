@@ -7,11 +7,13 @@ import subprocess
 import sys
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.house import ROOT
 from tests.real import real
+from wmtp.judge import Limits
+from wmtp.judge.evalplus import read_suites
 from wmtp.judge.files import left_out, read_problems, read_samples
 from wmtp.passk import pass_at_k
 from wmtp.protocols import PROTOCOLS
@@ -166,6 +168,59 @@ def test_broken_json_and_absent_files_are_one_line(tmp_path):
     assert command(problems).returncode == 2 and command(problems, drawn, "--out", "v", "--workers", "0").returncode == 2
 
 
+@pytest.mark.parametrize("k", ["0", "1,a", "-1", "", "1,,2", "1.5"])
+def test_a_k_that_is_none_is_one_line_before_anything_runs(tmp_path, k):
+    done = command(tmp_path / "absent", tmp_path / "absent", "--out", tmp_path / "v.jsonl", f"--k={k}")
+    assert done.returncode == 1 and done.stderr.startswith("judge: --k: expected whole numbers") and done.stderr.count("\n") == 1
+
+
+def test_ks_of_which_none_can_be_estimated_are_no_success(tmp_path):
+    problems, drawn = lines(tmp_path / "p.jsonl", PROBLEMS), lines(tmp_path / "s.jsonl", samples())
+    done = command(problems, drawn, "--out", tmp_path / "v.jsonl", "--k", "4,5")
+    assert done.returncode == 1 and "left out: pass@4, pass@5; some problem has fewer samples" in done.stdout
+    assert len((tmp_path / "v.jsonl").read_text().splitlines()) == 6, "the verdicts stand"
+
+
+def test_verdicts_that_cannot_be_written_are_one_line(tmp_path):
+    problems, drawn = lines(tmp_path / "p.jsonl", PROBLEMS), lines(tmp_path / "s.jsonl", samples())
+    for out, reason in ((tmp_path, "is a folder"), (problems / "v", "File exists")):
+        done = command(problems, drawn, "--out", out)
+        assert done.returncode == 1 and done.stderr == f"judge: {out}: the verdicts cannot be written: {done.stderr.rsplit(': ', 1)[1]}"
+        assert reason in done.stderr, "refused before any program runs"
+    before = os.stat("/dev/full")
+    device = tmp_path / "full"
+    device.symlink_to("/dev/full")
+    done = command(problems, drawn, "--out", device)
+    assert done.returncode == 1 and "full: the verdicts cannot be written: No space left on device" in done.stderr
+    assert os.stat("/dev/full").st_rdev == before.st_rdev and device.is_symlink(), "a device is written into, never replaced"
+
+
+def test_a_sandbox_that_cannot_start_is_one_line(tmp_path):
+    arguments = ["--self-check", str(lines(tmp_path / "p.jsonl", PROBLEMS))]
+    for denied in ({"recvmsg": (47, 212)}, {"socketpair": (53, 199)}):
+        code = DENIED.format(denied=denied, arguments=arguments)
+        done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 1 and done.stderr.startswith("judge: ") and done.stderr.count("\n") == 1, done.stderr
+
+
+@pytest.mark.slow
+def test_a_completion_of_100_megabytes_gets_its_verdict(tmp_path):
+    drawn = [{"task_id": f"Own/{n}", "completion": body + "#" + "x" * 100_000_000} for n, body in ((1, RIGHT.format(1)), (2, WRONG))]
+    done = command(lines(tmp_path / "p.jsonl", PROBLEMS), lines(tmp_path / "s.jsonl", drawn), "--out", tmp_path / "v.jsonl", "--k", "1")
+    assert done.returncode == 0, done.stderr
+    first, second = (json.loads(line)["verdict"] for line in (tmp_path / "v.jsonl").read_text().splitlines())
+    assert first in ("pass", "memory", "timeout") and second in ("fail", "memory", "timeout")
+
+
+def test_truncated_archives_and_folders_are_one_line(tmp_path):
+    whole = lines(tmp_path / "p.jsonl.gz", PROBLEMS)
+    broken = tmp_path / "broken.jsonl.gz"
+    broken.write_bytes(whole.read_bytes()[:-9])
+    for problems in (broken, tmp_path):
+        done = command(problems, whole, "--out", tmp_path / "v.jsonl")
+        assert done.returncode == 1 and str(problems) in done.stderr and done.stderr.count("\n") == 1
+
+
 def test_hostile_text_is_judged_and_never_passes(tmp_path):
     texts = ["\x00", "\ud800", "    return '\ud800'\n", "x" * 5_000_000, "(" * 10_000, "\N{ZERO WIDTH NO-BREAK SPACE}    return x + 1\n"]
     drawn = [{"task_id": f"Own/{n}", "completion": text} for n in (1, 2) for text in texts]
@@ -184,6 +239,29 @@ def test_any_bytes_are_read_or_refused_with_the_files_name(tmp_path_factory, con
     for read in (read_problems, lambda file: read_samples(file, problems, PROTOCOLS["humaneval/codex"])):
         with pytest.raises(RecordError, match=r"file\.jsonl"):
             read(path)
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=5,
+)
+NAMES = [
+    "task_id", "prompt", "entry_point", "canonical_solution", "test", "text", "code", "test_list", "test_setup_code", "statement", "tests",
+    "source", "group", "base_input", "plus_input", "atol", "completion", "solution",
+]  # fmt: skip
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(rows=st.lists(st.dictionaries(st.sampled_from(NAMES), json_values | st.just("a"), max_size=9), min_size=1, max_size=2))
+def test_any_objects_are_read_or_refused_with_the_files_name(tmp_path_factory, rows):
+    folder = tmp_path_factory.mktemp("fuzz")
+    path, problems = lines(folder / "file.jsonl", rows), read_problems(lines(folder / "p.jsonl", PROBLEMS))
+    for read in (read_problems, lambda file: read_suites(file, Limits(), folder), lambda file: read_samples(file, problems, None)):
+        try:
+            read(path)
+        except RecordError as error:
+            assert "file.jsonl" in str(error)
 
 
 def test_ks_beyond_the_fewest_samples_are_named(tmp_path):

@@ -4,6 +4,7 @@ import argparse
 import json
 import os
 import sys
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from wmtp.passk import estimate
 from wmtp.progress import Bar
 from wmtp.protocols import PROTOCOLS
 from wmtp.records import Problem, Verdict, atomic_path
+from wmtp.sandbox import HarnessError
 
 
 def arguments() -> argparse.Namespace:
@@ -44,18 +46,24 @@ def arguments() -> argparse.Namespace:
 
 
 def main() -> int:
-    """0: judged; 1: a file or argument that cannot be used, or a failed self-check; 2: the judge itself failed on some sample."""
+    """0: judged; 1: a file or argument that cannot be used, no k to estimate, or a failed self-check; 2: the judge failed on a sample."""
     given = arguments()
     limits = Limits(cpu_seconds=given.timeout, wall_seconds=max(10.0, 3 * given.timeout), memory_mb=given.memory)
     try:
+        ks = parsed(given.k)
         require_strong(given.accept_weak_sandbox, "give --accept-weak-sandbox")
-        ks = [int(k) for k in given.k.split(",")]
         return check(given.problems, limits, given.workers) if given.self_check else run(given, ks, limits)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, HarnessError) as error:
         print(f"judge: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130
+
+
+def parsed(text: str) -> list[int]:
+    if not all(part.strip().isdecimal() and int(part) > 0 for part in text.split(",")):
+        raise ValueError(f"--k: expected whole numbers from 1, separated by commas, found {text!r}")
+    return [int(part) for part in text.split(",")]
 
 
 def suites_of(path: str, limits: Limits) -> Suites:
@@ -80,6 +88,7 @@ def judged(jobs: Sequence[tuple[Problem, str]], special: Mapping[str, Limits], l
 
 
 def run(given: argparse.Namespace, ks: Sequence[int], limits: Limits) -> int:
+    must_be_writable(given.out)
     suites = suites_of(given.problems, limits)
     samples = read_samples(given.samples, suites.base, PROTOCOLS[given.protocol] if given.protocol else None)
     results = {"base": judged([(suites.base[s.task_id], s.program) for s in samples], suites.limits, limits, given.workers)}
@@ -95,9 +104,10 @@ def run(given: argparse.Namespace, ks: Sequence[int], limits: Limits) -> int:
         print(f"inputs left out, of which the reference has no answer to compare with: {counts(suites.left_out)}")
     for name, outcomes in results.items():
         report(samples, outcomes, ks, f"{name} " if suites.plus else "")
-    if few := left_out(samples, ks):
+    few = left_out(samples, ks)
+    if few:
         print(f"left out: {', '.join(f'pass@{k}' for k in few)}; some problem has fewer samples")
-    return 0
+    return 1 if len(few) == len(ks) else 0
 
 
 def plus(suites: Suites, samples: Sequence[Sample], base: Sequence[Outcome], limits: Limits, workers: int) -> list[Outcome]:
@@ -137,8 +147,33 @@ def write(out: Path, samples: Sequence[Sample], results: Mapping[str, Sequence[O
         for index, (sample, made) in enumerate(zip(samples, last, strict=True))
     ]
     content = "".join(json.dumps(line) + "\n" for line in lines).encode()
-    with atomic_path(out) as temporary:
-        temporary.write_bytes(gzip.compress(content, mtime=0) if out.suffix == ".gz" else content)
+    content = gzip.compress(content, mtime=0) if out.suffix == ".gz" else content
+    try:
+        if is_special(out):
+            out.write_bytes(content)
+        else:
+            with atomic_path(out) as temporary:
+                temporary.write_bytes(content)
+    except OSError as error:
+        raise ValueError(f"{out}: the verdicts cannot be written: {error.strerror}") from None
+
+
+def is_special(out: Path) -> bool:
+    """A device or pipe, which must be written into and not replaced."""
+    return out.exists() and not out.is_file() and not out.is_dir()
+
+
+def must_be_writable(out: Path) -> None:
+    """Before hours of judging, not after."""
+    try:
+        if out.is_dir():
+            raise IsADirectoryError(0, "is a folder, expected the name of a file")
+        if not is_special(out):
+            out.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=out.parent):
+                pass
+    except OSError as error:
+        raise ValueError(f"{out}: the verdicts cannot be written: {error.strerror}") from None
 
 
 def check(path: str | None, limits: Limits, workers: int) -> int:
