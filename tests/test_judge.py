@@ -361,8 +361,9 @@ def test_a_test_that_swallows_everything_cannot_hide_the_end_of_a_program():
 def test_answers_that_make_comparing_endless_cost_the_program_its_verdict():
     task = problem(AssertTests(asserts=["x = f()\nwhile x: pass", "assert True"]))
     limits = Limits(cpu_seconds=0.2, wall_seconds=0.3)
-    tests = judge([(task, "def f(): return 0"), (task, "def f(): return 1"), (task, "def f(): return 0 ")], limits, 1)
-    assert [each.verdict for each in tests] == ["pass", "timeout", "pass"]
+    jobs = judging._jobs([(task, f"def f(): return {value}") for value in ("0", "1", "False")])
+    made = judging._run(jobs, limits, 1, lambda _: None)
+    assert [each["verdict"] for each in made] == ["pass", "timeout", "pass"], "the next referee is told the problem anew"
 
 
 def test_details_of_hostile_programs_stay_one_printable_line():
