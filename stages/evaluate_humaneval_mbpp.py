@@ -11,6 +11,8 @@ from wmtp.records import Completion, Problem, read_jsonl, write_jsonl, write_tex
 
 def work(params: Any, track: Any, completions: str, folder: str, out: str, metrics: str) -> dict[str, Any]:
     settings = params.evaluation
+    own_data = params.source.data.kind == "synthetic"
+    judge.require_strong(own_data or settings.accept_weak_sandbox, "set evaluation.accept_weak_sandbox")
     limits = judge.Limits(settings.cpu_seconds, settings.wall_seconds, settings.memory_mb)
     found, figures, judged = list(read_jsonl(completions, Completion)), {}, []
     for name in benchmarks.NAMES:

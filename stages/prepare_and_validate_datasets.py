@@ -22,6 +22,8 @@ def work(params: Any, track: Any, raw: str, bundle: str, out: str, report: str) 
         rows, dropped = tokens.encode_split(tokenizer, part, corpus.solutions, params.data.template, params.data.max_length)
         counts[name] = tokens.write_split(Path(out) / name, rows, part)
         figures[name] = {**counts[name], "dropped": dropped}
+    own_data = params.source.data.kind == "synthetic"
+    judge.require_strong(own_data or params.evaluation.accept_weak_sandbox, "set evaluation.accept_weak_sandbox")
     limits = judge.Limits(params.evaluation.cpu_seconds, params.evaluation.wall_seconds, params.evaluation.memory_mb)
     for name, benchmark in corpus.benchmarks.items():
         write_jsonl(Path(out) / "benchmarks" / f"{name}.jsonl", benchmark)

@@ -9,9 +9,9 @@ import yaml
 from stages import describe_arms
 from stages import train as stage
 from tests import methods
-from tests.house import ROOT
 from tests.test_train import signal_of
 from wmtp import params
+from wmtp.dependencies import ROOT
 from wmtp.scores import write_scores
 from wmtp.view import View, declared_keys
 from wmtp.weighting import METHODS

@@ -33,7 +33,7 @@ TRAINING = [
 ]
 JUDGING = [
     "grammar codec confine checkers",
-    "layouts cases passk namespaces seccomp landlock runtime pages",
+    "layouts cases passk agreement namespaces seccomp landlock runtime pages",
     "problems synthetic zygote compare report",
     "raw_data sandbox study study_report critic_report",
     "session hub_data",

@@ -6,15 +6,18 @@ import os
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import pytest
 
+from tests.real import real
+from wmtp import confine
 from wmtp import judge as judging
 from wmtp.judge import Limits, judge, self_check, tier
+from wmtp.problems import read_humaneval, read_mbpp, read_sanitized_mbpp
 from wmtp.records import VERDICTS, AssertTests, CallTests, CheckTests, Problem, StdioTests, Verdict
 
-DATASETS = Path(__file__).parents[2] / "shared" / "datasets"
 LIMITS = Limits(cpu_seconds=1.0, wall_seconds=3.0, memory_mb=256, output_bytes=1 << 20)
 
 
@@ -312,7 +315,7 @@ def total(node):
     return node.value + total(node.next) if node else 0
 """
     made = outcome(task, program)
-    assert (made.verdict, made.detail) == ("pass", "")
+    assert (made.verdict, made.detail, made.inside) == ("pass", "", False)
 
 
 def test_lazy_results_types_and_standard_modules_cross():
@@ -336,7 +339,8 @@ def test_where_values_cannot_cross_the_tests_run_inside_and_the_detail_says_so()
     task = problem(AssertTests(asserts=["assert apply(lambda x: x + 1, 2) == 3"]))
     made = judge([(task, f"def apply(f, x): return {body}\n") for body in ("f(x)", "0", "1 / 0", "exit()")], LIMITS, 1)
     assert [each.verdict for each in made] == ["pass", "fail", "error", "error"]
-    assert all("inside" in each.detail for each in made)
+    assert all("inside" in each.detail and each.inside for each in made)
+    assert self_check([task.model_copy(update={"reference": "def apply(f, x): return f(x)\n"})], LIMITS, 1)["n_inside"] == 1
 
 
 def test_exceptions_of_the_program_reach_tests_that_expect_them():
@@ -357,8 +361,9 @@ def test_a_test_that_swallows_everything_cannot_hide_the_end_of_a_program():
 def test_answers_that_make_comparing_endless_cost_the_program_its_verdict():
     task = problem(AssertTests(asserts=["x = f()\nwhile x: pass", "assert True"]))
     limits = Limits(cpu_seconds=0.2, wall_seconds=0.3)
-    tests = judge([(task, "def f(): return 0"), (task, "def f(): return 1"), (task, "def f(): return 0 ")], limits, 1)
-    assert [each.verdict for each in tests] == ["pass", "timeout", "pass"]
+    jobs = judging._jobs([(task, f"def f(): return {value}") for value in ("0", "1", "False")])
+    made = judging._run(jobs, limits, 1, lambda _: None)
+    assert [each["verdict"] for each in made] == ["pass", "timeout", "pass"], "the next referee is told the problem anew"
 
 
 def test_details_of_hostile_programs_stay_one_printable_line():
@@ -440,6 +445,35 @@ def test_self_check_counts_and_names_what_does_not_pass():
     assert report["tier"] == tier()
 
 
+@pytest.mark.parametrize("found", confine.TIERS)
+@pytest.mark.parametrize("accepted", [False, True])
+def test_a_weak_tier_is_refused_unless_accepted(monkeypatch, found, accepted):
+    monkeypatch.setattr(judging, "tier", lambda: found)
+    if found in ("seccomp", "rlimits") and not accepted:
+        with pytest.raises(judging.WeakSandbox, match=rf"found {found}, .* or set the key"):
+            judging.require_strong(accepted, "set the key")
+    else:
+        assert judging.require_strong(accepted, "set the key") == found
+
+
+@pytest.mark.parametrize(("kind", "accepted", "refused"), [("synthetic", False, False), ("local", False, True), ("local", True, False)])
+def test_the_stages_ask_for_a_strong_tier_but_for_the_projects_own_problems(monkeypatch, tmp_path, kind, accepted, refused):
+    from stages import evaluate_humaneval_mbpp
+
+    class Judged(Exception):
+        pass
+
+    def stop(*_):
+        raise Judged
+
+    evaluation = types.SimpleNamespace(accept_weak_sandbox=accepted, cpu_seconds=3.0, wall_seconds=10.0, memory_mb=512)
+    params = types.SimpleNamespace(evaluation=evaluation, source=types.SimpleNamespace(data=types.SimpleNamespace(kind=kind)))
+    monkeypatch.setattr(judging, "tier", lambda: "rlimits")
+    monkeypatch.setattr(evaluate_humaneval_mbpp, "read_jsonl", stop)
+    with pytest.raises(judging.WeakSandbox if refused else Judged):
+        evaluate_humaneval_mbpp.work(params, None, "c", "f", "o", "m")
+
+
 def test_judging_imports_no_torch():
     code = "import sys, wmtp.judge, wmtp.passk, wmtp.referee, wmtp.zygote; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=Path(judging.__file__).parents[1]).returncode == 0
@@ -451,35 +485,16 @@ def lines(path):
 
 
 def humaneval():
-    path = DATASETS / "humaneval" / "HumanEval.jsonl.gz"
-    if not path.exists():
-        pytest.skip(f"needs {path}")
-    rows = lines(path)
-    return [
-        problem(
-            CheckTests(test=row["test"], entry_point=row["entry_point"]),
-            row["task_id"],
-            prompt=row["prompt"],
-            reference=row["prompt"] + row["canonical_solution"],
-        )
-        for row in rows
-    ]
+    return read_humaneval(real("humaneval/HumanEval.jsonl.gz"))
 
 
 def mbpp():
-    path = DATASETS / "mbpp" / "mbpp.jsonl"
-    if not path.exists():
-        pytest.skip(f"needs {path}")
-    rows = lines(path)
-    return [
-        problem(AssertTests(setup=row["test_setup_code"], asserts=row["test_list"]), str(row["task_id"]), reference=row["code"])
-        for row in rows
-    ]
+    return read_mbpp(real("mbpp/mbpp.jsonl"))
 
 
 def test_references_of_humaneval_pass():
     report = self_check(humaneval(), Limits(), 2)
-    assert (report["n_passed"], report["failed"]) == (164, [])
+    assert (report["n_passed"], report["n_inside"], report["failed"]) == (164, 0, [])
 
 
 def test_empty_bodies_of_humaneval_fail():
@@ -489,22 +504,37 @@ def test_empty_bodies_of_humaneval_fail():
 
 
 def test_references_of_odd_mbpp_tasks_pass():
-    tasks = [task for task in mbpp() if int(task.task_id) in {126, 367, 533, 596, 601, 912, 927} or int(task.task_id) % 20 == 1]
+    odd = {f"mbpp/{number}" for number in (126, 367, 533, 596, 601, 912, 927, *range(1, 975, 20))}
+    tasks = [task for task in mbpp() if task.task_id in odd]
     made = judge([(task, task.reference) for task in tasks], Limits(), 2)
     assert [(task.task_id, each) for task, each in zip(tasks, made) if each.verdict != "pass" or each.detail] == []
 
 
 @pytest.mark.slow
 def test_references_of_mbpp_pass():
+    """All of them with the tests outside: what cannot cross as a value crosses as a handle."""
     report = self_check(mbpp(), Limits(), 2)
-    assert (report["n_passed"], report["failed"]) == (974, [])
+    assert (report["n_passed"], report["n_inside"], report["failed"]) == (974, 0, [])
+
+
+@pytest.mark.slow
+def test_references_of_sanitized_mbpp_pass():
+    report = self_check(read_sanitized_mbpp(real("mbpp/sanitized-mbpp.json")), Limits(), 2)
+    assert (report["n_passed"], report["n_inside"], report["failed"]) == (427, 0, [])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [367, 927])
+def test_mbpp_setup_before_the_code_fails(number):
+    """The set-up code uses a class that the solution defines: with the other order the reference does not even load."""
+    task = next(task for task in mbpp() if task.task_id == f"mbpp/{number}")
+    early = task.model_copy(update={"tests": task.tests.model_copy(update={"setup": ""})})
+    assert judge([(early, f"{task.tests.setup}\n{task.reference}")], Limits(), 1)[0].verdict == "error"
 
 
 @pytest.mark.slow
 def test_every_fourth_contest_solution_gets_its_verdict():
-    path = DATASETS / "codecontests_slice" / "problems.jsonl.gz"
-    if not path.exists():
-        pytest.skip(f"needs {path}")
+    path = real("codecontests_slice/problems.jsonl.gz")
     tasks = {}
     for row in lines(path):
         if row["checker"] != "unverified" and row["reference_seconds_max"] < 1:
@@ -518,9 +548,7 @@ def test_every_fourth_contest_solution_gets_its_verdict():
 
 @pytest.mark.stress
 def test_stored_samples_get_their_stored_verdicts():
-    folder = DATASETS / "codet_samples"
-    if not folder.exists():
-        pytest.skip(f"needs {folder}")
+    folder = real("codet_samples")
     prompts = {row["task_id"]: row for row in lines(folder / "HumanEval_for_code_generation.jsonl")}
     by_prompt = {row["prompt"]: row["task_id"] for row in prompts.values()}
     tasks = {task.task_id: task for task in humaneval()}
@@ -581,6 +609,6 @@ def test_time_counts_cpu_not_the_clock():
 def test_waiting_for_a_processor_is_not_held_against_a_program():
     """Sixteen workers share the processors: by the clock each program takes far longer than its wall limit."""
     work = "import time\nstart = time.process_time()\nwhile time.process_time() - start < 0.5: pass\n"
-    lines = [judging._line(ASSERTS, f"{work}# {i}\n{RIGHT}") for i in range(16)]
-    made = judging._run(lines, Limits(cpu_seconds=2.0, wall_seconds=2.0), 16, lambda _: None)
+    jobs = judging._jobs([(ASSERTS, f"{work}# {i}\n{RIGHT}") for i in range(16)])
+    made = judging._run(jobs, Limits(cpu_seconds=2.0, wall_seconds=2.0), 16, lambda _: None)
     assert {each["verdict"] for each in made} == {"pass"}

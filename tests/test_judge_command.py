@@ -7,10 +7,13 @@ import subprocess
 import sys
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from tests.real import real
 from wmtp.dependencies import ROOT
+from wmtp.judge import Limits
+from wmtp.judge.evalplus import read_suites
 from wmtp.judge.files import left_out, read_problems, read_samples
 from wmtp.passk import pass_at_k
 from wmtp.protocols import PROTOCOLS
@@ -85,10 +88,48 @@ def test_the_projects_own_records_with_stdin_tests(tmp_path):
 def test_self_check_passes_and_says_what_does_not(tmp_path):
     done = command("--self-check", lines(tmp_path / "p.jsonl", PROBLEMS))
     assert done.returncode == 0 and "attacks: 12 of 12 fail; a right program passes" in done.stdout
-    assert "references: 2 of 2 pass" in done.stdout
+    assert "references: 2 of 2 pass, 0 by tests inside the sample" in done.stdout
     broken = [PROBLEMS[0], {**PROBLEMS[1], "canonical_solution": "    return 0\n"}]
     done = command("--self-check", lines(tmp_path / "p.jsonl", broken))
-    assert done.returncode == 1 and "references: 1 of 2 pass\n  Own/2 does not pass" in done.stdout
+    assert done.returncode == 1 and "references: 1 of 2 pass, 0 by tests inside the sample\n  Own/2 does not pass: fail " in done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "n"), [("humaneval/HumanEval.jsonl.gz", 164), ("mbpp/mbpp.jsonl", 974), ("mbpp/sanitized-mbpp.json", 427)]
+)
+def test_self_check_of_the_real_files(name, n):
+    done = command("--self-check", real(name), "--workers", 2)
+    assert done.returncode == 0 and f"references: {n} of {n} pass, 0 by tests inside the sample" in done.stdout
+
+
+# Denied in the command's process and so in all that it starts: system calls by number (x86-64, aarch64), beside those of namespaces.
+DENIED = """
+import runpy, sys
+from wmtp import confine, seccomp
+seccomp._DENIED.update({denied})
+confine.prctl(38, 1)
+seccomp.install(None)
+sys.argv = ["judge", *{arguments}]
+runpy.run_module("wmtp.judge", run_name="__main__")
+"""
+LANDLOCK, SECCOMP = {"landlock_create_ruleset": (444, 444)}, {"seccomp": (317, 277)}
+
+
+@pytest.mark.parametrize(("tier", "denied"), [("seccomp", LANDLOCK), ("rlimits", LANDLOCK | SECCOMP), ("landlock+seccomp", {})])
+@pytest.mark.parametrize("accepted", [False, True])
+def test_where_files_cannot_be_walled_off_judging_waits_for_a_word(tmp_path, tier, denied, accepted):
+    arguments = [str(lines(tmp_path / "p.jsonl", PROBLEMS)), str(lines(tmp_path / "s.jsonl", samples()))]
+    arguments += ["--out", str(tmp_path / "v.jsonl"), "--workers", "1", *["--accept-weak-sandbox"][:accepted]]
+    code = DENIED.format(denied=denied, arguments=arguments)
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    if tier.startswith("landlock") and "isolation landlock" not in done.stdout:
+        pytest.skip("no Landlock in this kernel")
+    if accepted or tier.startswith("landlock"):
+        assert done.returncode == 0 and f"isolation {tier}\n" in done.stdout, done.stderr
+    else:
+        assert done.returncode == 1 and done.stderr.count("\n") == 1 and f"isolation: found {tier}" in done.stderr
+        assert "--accept-weak-sandbox" in done.stderr and not (tmp_path / "v.jsonl").exists()
 
 
 FAULTS = {
@@ -127,6 +168,59 @@ def test_broken_json_and_absent_files_are_one_line(tmp_path):
     assert command(problems).returncode == 2 and command(problems, drawn, "--out", "v", "--workers", "0").returncode == 2
 
 
+@pytest.mark.parametrize("k", ["0", "1,a", "-1", "", "1,,2", "1.5"])
+def test_a_k_that_is_none_is_one_line_before_anything_runs(tmp_path, k):
+    done = command(tmp_path / "absent", tmp_path / "absent", "--out", tmp_path / "v.jsonl", f"--k={k}")
+    assert done.returncode == 1 and done.stderr.startswith("judge: --k: expected whole numbers") and done.stderr.count("\n") == 1
+
+
+def test_ks_of_which_none_can_be_estimated_are_no_success(tmp_path):
+    problems, drawn = lines(tmp_path / "p.jsonl", PROBLEMS), lines(tmp_path / "s.jsonl", samples())
+    done = command(problems, drawn, "--out", tmp_path / "v.jsonl", "--k", "4,5")
+    assert done.returncode == 1 and "left out: pass@4, pass@5; some problem has fewer samples" in done.stdout
+    assert len((tmp_path / "v.jsonl").read_text().splitlines()) == 6, "the verdicts stand"
+
+
+def test_verdicts_that_cannot_be_written_are_one_line(tmp_path):
+    problems, drawn = lines(tmp_path / "p.jsonl", PROBLEMS), lines(tmp_path / "s.jsonl", samples())
+    for out, reason in ((tmp_path, "is a folder"), (problems / "v", "File exists")):
+        done = command(problems, drawn, "--out", out)
+        assert done.returncode == 1 and done.stderr == f"judge: {out}: the verdicts cannot be written: {done.stderr.rsplit(': ', 1)[1]}"
+        assert reason in done.stderr, "refused before any program runs"
+    before = os.stat("/dev/full")
+    device = tmp_path / "full"
+    device.symlink_to("/dev/full")
+    done = command(problems, drawn, "--out", device)
+    assert done.returncode == 1 and "full: the verdicts cannot be written: No space left on device" in done.stderr
+    assert os.stat("/dev/full").st_rdev == before.st_rdev and device.is_symlink(), "a device is written into, never replaced"
+
+
+def test_a_sandbox_that_cannot_start_is_one_line(tmp_path):
+    arguments = ["--self-check", str(lines(tmp_path / "p.jsonl", PROBLEMS))]
+    for denied in ({"recvmsg": (47, 212)}, {"socketpair": (53, 199)}):
+        code = DENIED.format(denied=denied, arguments=arguments)
+        done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 1 and done.stderr.startswith("judge: ") and done.stderr.count("\n") == 1, done.stderr
+
+
+@pytest.mark.slow
+def test_a_completion_of_100_megabytes_gets_its_verdict(tmp_path):
+    drawn = [{"task_id": f"Own/{n}", "completion": body + "#" + "x" * 100_000_000} for n, body in ((1, RIGHT.format(1)), (2, WRONG))]
+    done = command(lines(tmp_path / "p.jsonl", PROBLEMS), lines(tmp_path / "s.jsonl", drawn), "--out", tmp_path / "v.jsonl", "--k", "1")
+    assert done.returncode == 0, done.stderr
+    first, second = (json.loads(line)["verdict"] for line in (tmp_path / "v.jsonl").read_text().splitlines())
+    assert first in ("pass", "memory", "timeout") and second in ("fail", "memory", "timeout")
+
+
+def test_truncated_archives_and_folders_are_one_line(tmp_path):
+    whole = lines(tmp_path / "p.jsonl.gz", PROBLEMS)
+    broken = tmp_path / "broken.jsonl.gz"
+    broken.write_bytes(whole.read_bytes()[:-9])
+    for problems in (broken, tmp_path):
+        done = command(problems, whole, "--out", tmp_path / "v.jsonl")
+        assert done.returncode == 1 and str(problems) in done.stderr and done.stderr.count("\n") == 1
+
+
 def test_hostile_text_is_judged_and_never_passes(tmp_path):
     texts = ["\x00", "\ud800", "    return '\ud800'\n", "x" * 5_000_000, "(" * 10_000, "\N{ZERO WIDTH NO-BREAK SPACE}    return x + 1\n"]
     drawn = [{"task_id": f"Own/{n}", "completion": text} for n in (1, 2) for text in texts]
@@ -145,6 +239,29 @@ def test_any_bytes_are_read_or_refused_with_the_files_name(tmp_path_factory, con
     for read in (read_problems, lambda file: read_samples(file, problems, PROTOCOLS["humaneval/codex"])):
         with pytest.raises(RecordError, match=r"file\.jsonl"):
             read(path)
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=5,
+)
+NAMES = [
+    "task_id", "prompt", "entry_point", "canonical_solution", "test", "text", "code", "test_list", "test_setup_code", "statement", "tests",
+    "source", "group", "base_input", "plus_input", "atol", "completion", "solution",
+]  # fmt: skip
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(rows=st.lists(st.dictionaries(st.sampled_from(NAMES), json_values | st.just("a"), max_size=9), min_size=1, max_size=2))
+def test_any_objects_are_read_or_refused_with_the_files_name(tmp_path_factory, rows):
+    folder = tmp_path_factory.mktemp("fuzz")
+    path, problems = lines(folder / "file.jsonl", rows), read_problems(lines(folder / "p.jsonl", PROBLEMS))
+    for read in (read_problems, lambda file: read_suites(file, Limits(), folder), lambda file: read_samples(file, problems, None)):
+        try:
+            read(path)
+        except RecordError as error:
+            assert "file.jsonl" in str(error)
 
 
 def test_ks_beyond_the_fewest_samples_are_named(tmp_path):

@@ -153,6 +153,46 @@ def test_messages_outside_the_format_are_refused(form):
         codec.decode(form, refuse)
 
 
+EXACT = (
+    type(None), bool, int, float, complex, str, bytes, bytearray, list, tuple, set, frozenset, dict, range, slice, Fraction, Decimal, type,
+    type(len),
+)  # fmt: skip
+tags = st.sampled_from(list("ltsfdicbBrSqDnhmx")) | st.text(max_size=3)
+leaves = st.none() | st.booleans() | st.integers() | st.floats() | st.text("0123456789abcdefe.-+ ", max_size=6)
+
+
+def tagged(inner):
+    return st.tuples(tags, st.lists(inner, max_size=4)).map(lambda both: [both[0], *both[1]])
+
+
+messages = st.recursive(leaves, lambda inner: st.lists(inner, max_size=4) | st.tuples(tags, inner).map(list) | tagged(inner), max_leaves=12)
+
+
+def all_parts(value):
+    yield value
+    if type(value) in (list, tuple, set, frozenset, dict):
+        for part in value.items() if type(value) is dict else value:
+            yield from all_parts(part)
+
+
+@settings(max_examples=500, deadline=None, derandomize=True)
+@given(messages)
+def test_any_message_gives_exact_types_or_is_refused(form):
+    try:
+        made = codec.decode(codec.loads(codec.dumps(form)), refuse)
+    except codec.CodecError:
+        return
+    assert all(type(part) in EXACT for part in all_parts(made))
+    codec.encode(made, refuse)
+
+
+@settings(max_examples=300, deadline=None, derandomize=True)
+@given(st.binary(max_size=60))
+def test_any_bytes_are_a_message_or_refused(body):
+    with contextlib.suppress(codec.CodecError):
+        codec.decode(codec.loads(body), refuse)
+
+
 def test_depth_and_size_are_bounded():
     for levels, refused in ((codec.MAX_DEPTH - 1, False), (codec.MAX_DEPTH + 1, True)):
         nested = 0

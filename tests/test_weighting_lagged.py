@@ -10,11 +10,11 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 
 from tests import methods
-from tests.house import ROOT
 from tests.test_policy import EQUAL_LENGTHS, SPANS, F, Waits, cross_entropy, same, small_model, whole_step
 from tests.test_train import ALONE, Keep, Killed, fit, killer, same_bits, short_plan, start_model
 from tests.test_weighting_rho1 import ceil
 from wmtp import params, train
+from wmtp.dependencies import ROOT
 from wmtp.params import AnyMethod
 from wmtp.policy import WeightError
 from wmtp.tokens import TokenData

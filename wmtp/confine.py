@@ -19,6 +19,8 @@ MAX_PROCESSES = 128
 # From the strongest to the one that always works. What each refuses: the first, all of it; landlock, other files, other processes and the
 # network, but not the metadata of the user's own files; seccomp alone, other processes and the network; rlimits, neither.
 TIERS = NAMESPACES, LANDLOCK, SECCOMP, RLIMITS = "namespaces+seccomp", "landlock+seccomp", "seccomp", "rlimits"
+# Here programs reach the files that their user may touch, and in the last one everything that such a user can do.
+WEAK_TIERS = (SECCOMP, RLIMITS)
 # What an interpreter needs of the host, beside its own prefix.
 SYSTEM_PATHS = ("/usr", "/bin", "/lib", "/lib32", "/lib64", "/libx32", "/etc/ld.so.cache", "/etc/localtime", "/etc/alternatives")
 DEVICES = ("/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom")

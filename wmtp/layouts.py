@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from pydantic import ConfigDict, Field, ValidationError
+from pydantic import ConfigDict, Field, ValidationError, field_validator
 
 from wmtp.records import Record, RecordError, read_lines
 
@@ -40,6 +40,23 @@ class SanitizedMbppItem(Raw):
     code: str
     test_list: list[str] = Field(min_length=1)
     test_imports: list[str]
+
+
+class EvalPlusLine(Raw):
+    """Inputs are JSON arrays, one of a call's arguments each; some files write {} where there is none."""
+
+    task_id: str
+    prompt: str
+    entry_point: str
+    canonical_solution: str
+    base_input: list[list[Any]] = Field(min_length=1)
+    plus_input: list[list[Any]]
+    atol: float = Field(ge=0)
+
+    @field_validator("plus_input", mode="before")
+    @classmethod
+    def _none_is_empty(cls, value: Any) -> Any:
+        return [] if value == {} else value
 
 
 class ContestTests(Raw):

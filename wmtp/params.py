@@ -480,6 +480,7 @@ class Evaluation(Section):
     cpu_seconds: Annotated[float, Field(gt=0)] = Field(description="CPU time of one test program")
     wall_seconds: Annotated[float, Field(gt=0)] = Field(description="time on the clock of one test program")
     memory_mb: Positive = Field(description="2^20 bytes of address space of one test program")
+    accept_weak_sandbox: bool = Field(description="judge programs for data that the project did not make where files cannot be walled off")
 
     @model_validator(mode="after")
     def _measures_pass_at_1(self) -> "Evaluation":

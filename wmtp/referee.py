@@ -1,7 +1,7 @@
 """The trusted process of one worker: holds the tests, runs them here, and sends the sample nothing but calls.
 
-Reads jobs as JSON lines on stdin, writes one outcome a line on stdout. A comparison that a hostile answer makes endless dies by the
-alarm set for each job; the parent knows that signal.
+Reads JSON lines on stdin, a problem and then programs for it, and writes one outcome a program on stdout. A comparison that a hostile
+answer makes endless dies by the alarm set for each job; the parent knows that signal.
 """
 
 import ast
@@ -25,6 +25,7 @@ class Decision:
     verdict: str
     detail: str
     starved: bool = False
+    inside: bool = False
 
 
 @functools.lru_cache(maxsize=4096)
@@ -137,10 +138,10 @@ def inside(session: Session, job: dict, reason: str) -> Decision:
         session.load(job["program"])
         session.run(inside_source(job["tests"]))
     except Raised as raised:
-        return Decision("fail" if raised.name == "AssertionError" else "error", f"{raised}; {note}")
+        return Decision("fail" if raised.name == "AssertionError" else "error", f"{raised}; {note}", inside=True)
     except Ended as ended:
-        raise Ended(ended.verdict, f"{ended.detail}; {note}", ended.starved) from None
-    return Decision("pass", note)
+        return Decision(ended.verdict, f"{ended.detail}; {note}", ended.starved, inside=True)
+    return Decision("pass", note, inside=True)
 
 
 def decide_function(sandbox: Sandbox, job: dict) -> Decision:
@@ -222,14 +223,19 @@ def main() -> None:
     confine.die_with_parent()
     limits = Limits(**json.loads(sys.stdin.readline()))
     sandbox = Sandbox(limits)
+    problem: dict = {}
     for line in sys.stdin:
+        fields = json.loads(line)
+        if "program" not in fields:
+            problem = fields
+            continue
         try:
-            decision = decide(sandbox, json.loads(line))
+            decision = decide(sandbox, problem | fields)
         except HarnessError as error:
             decision = Decision("harness-error", str(error))
             sandbox.__exit__()
             sandbox = Sandbox(limits)
-        reply = {"verdict": decision.verdict, "detail": printable(decision.detail), "starved": decision.starved}
-        replies.write(json.dumps(reply) + "\n")
+        reply = dataclasses.replace(decision, detail=printable(decision.detail))
+        replies.write(json.dumps(dataclasses.asdict(reply)) + "\n")
         replies.flush()
     sandbox.__exit__()

