@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from wmtp.model import Cache, Transformer
-from wmtp.noise import mix
+from wmtp.noise import bits
 
 
 @dataclass
@@ -33,11 +33,7 @@ class Request:
 
 def gumbel(key_B: Tensor, position_B: Tensor, vocab_size: int) -> Tensor:
     """Standard Gumbel noise [B, V] float32 as a pure function of (key, position, token): splitmix64 of a counter."""
-    counter = (
-        key_B[:, None] + position_B[:, None] * -7046029254386353131 + torch.arange(vocab_size, device=key_B.device) * 0x2545F4914F6CDD1D
-    )
-    bits = mix(mix(counter))
-    uniform = ((bits >> 41) & 0x7FFFFF).float().add(0.5).mul(2.0**-23)
+    uniform = ((bits(key_B, position_B, vocab_size) >> 41) & 0x7FFFFF).float().add(0.5).mul(2.0**-23)
     return -torch.log(-torch.log(uniform))
 
 

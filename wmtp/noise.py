@@ -12,8 +12,13 @@ def mix(z: Tensor) -> Tensor:
     return z ^ ((z >> 31) & 0x1FFFFFFFF)
 
 
+def bits(key_B: Tensor, place_B: Tensor, n: int) -> Tensor:
+    """64 random bits, int64 [B, n]: entry [b, i] depends on (key_B[b], place_B[b], i) alone."""
+    counter = key_B[:, None] + place_B[:, None] * -7046029254386353131 + torch.arange(n, device=key_B.device) * 0x2545F4914F6CDD1D
+    return mix(mix(counter))
+
+
 def uniform(seed: int, row_B: Tensor, length: int) -> Tensor:
     """Numbers in [0, 1), float64 [B, length]: entry [b, i] depends on (seed, row_B[b], i) alone, so padding and batching change none."""
     seed_key = mix(torch.tensor(seed, dtype=torch.int64, device=row_B.device))
-    counter = seed_key + row_B[:, None] * -7046029254386353131 + torch.arange(length, device=row_B.device) * 0x2545F4914F6CDD1D
-    return ((mix(mix(counter)) >> 11) & 0x1FFFFFFFFFFFFF).double() * 2.0**-53
+    return ((bits(seed_key.expand_as(row_B), row_B, length) >> 11) & 0x1FFFFFFFFFFFFF).double() * 2.0**-53

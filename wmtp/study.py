@@ -14,10 +14,21 @@ from typing import Any
 
 import numpy as np
 
-from wmtp.compare import ALPHA, BLOCK, CompareError, Result, bootstrap_p, check_comparable, holm, mcnemar, minimum_detectable, read_result
+from wmtp.compare import (
+    ALPHA,
+    BLOCK,
+    SEED,
+    CompareError,
+    Result,
+    bootstrap_p,
+    check_comparable,
+    holm,
+    mcnemar,
+    minimum_detectable,
+    read_result,
+)
 
 MEASURE = "pass@1"
-SEED = 0  # of the resampling
 PRIMARY = (("verifiable", "baseline"), ("verifiable", "shuffled"), ("verifiable", "position_only"))
 MAX_ENUMERATED = 20
 BUDGET = ("steps", "tokens")
