@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from stages import run
-from wmtp import critic, critic_report, gate, pretrain, scores, train
+from wmtp import critic, critic_report, flops, gate, pretrain, provenance, scores, train
 from wmtp.bundle import bundle_sha256
 from wmtp.model import load_bundle
 from wmtp.progress import say
@@ -23,7 +23,7 @@ def work(params: Any, track: Any, start: str, processed: str, out: str, log: str
         data, held_out = TokenData(processed, "critic"), TokenData(processed, "validation")
         tokenizer = check_same_tokenizer(data.tokenizer_sha256, start, "critic.start")
         pairs = critic.pairs(data)
-        trained_on = scores.problems_of(data, pairs.reshape(-1))
+        trained_on = provenance.with_start(scores.problems_of(data, pairs.reshape(-1)), start)
         scores.check_out_of_fold(trained_on, held_out, "the gate")
         trunk = load_bundle(start, n_future=1, dtype=torch.float32, device=world.device)
         model = pretrain.network(settings.loss, trunk).to(world.device)
@@ -46,7 +46,8 @@ def work(params: Any, track: Any, start: str, processed: str, out: str, log: str
                 write_text(report, json.dumps(figures, indent=2) + "\n")
                 for reason in gate.failures(figures, settings.gate.min_delta_std):
                     say(f"critic: the quality gate FAILED: {reason}")
-            critic.save_critic(model, Path(start), Path(out), figures, trained_on, world)
+            spent = flops.training(model, int(data.lengths[plan.rows_read()].sum()))
+            critic.save_critic(model, Path(start), Path(out), figures, trained_on, world, spent)
     return {key: float(value) for key, value in figures.items() if value is not None}
 
 

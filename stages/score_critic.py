@@ -7,8 +7,9 @@ from typing import Any
 import torch
 
 from stages import run
-from wmtp import scoring
-from wmtp.critic import critic_sha256, load_critic, read_card
+from wmtp import flops, scoring
+from wmtp.critic import load_critic
+from wmtp.provenance import critic_sha256, learned_from, training_flops
 from wmtp.scores import check_out_of_fold
 from wmtp.tokens import TokenData, check_same_tokenizer
 from wmtp.world import joined
@@ -18,11 +19,12 @@ def work(params: Any, track: Any, model: str, processed: str, out: str) -> None:
     with joined(params.run.device) as world:
         data = TokenData(processed, "policy")
         check_same_tokenizer(data.tokenizer_sha256, Path(model) / "trunk", "the critic")
-        check_out_of_fold(read_card(model), data, model)
+        check_out_of_fold(learned_from(model), data, model)
         critic = load_critic(model, device=world.device, dtype=getattr(torch, params.run.dtype)).eval()
         passed, score = json.loads((Path(model) / "gate.json").read_text())["passed"], scoring.critic_value(critic)
-        budget = params.optimizer.micro_batch_tokens
-        scoring.score_split(score, data, critic_sha256(model), Path(out), world, budget, passed, critic.unit)
+        spent = {"training_flops": training_flops(model), "scoring_flops": flops.forward(critic, int(data.lengths.sum()))}
+        origin = {"model": Path(model), "gate_passed": passed, "unit": critic.unit, **spent}
+        scoring.score_split(score, data, critic_sha256(model), Path(out), world, params.optimizer.micro_batch_tokens, **origin)
 
 
 if __name__ == "__main__":

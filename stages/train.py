@@ -33,7 +33,7 @@ def work(params: Any, track: Any, method: str, start: str, processed: str, signa
         policy = load_bundle(start, n_future=settings.n_future, dtype=torch.float32, device=world.device)
         model = shared.network(settings, policy)
         train_anyway = (lambda: arm["train_anyway"]) if arm else (lambda: params.critic.gate.train_anyway)
-        signal_of, signal_input = policy_signal(method, settings, signal, data, train_anyway)
+        signal_of, signal_input, signal_flops = policy_signal(method, settings, signal, data, train_anyway)
         units = critic.pairs(data) if reads_pairs(settings) else data.correct_rows()
         plan = train.Plan(
             data, units, training.batch_rows // units.ndim, training.n_epochs, training.learning_rate, training.seed, signal_of,
@@ -44,9 +44,9 @@ def work(params: Any, track: Any, method: str, start: str, processed: str, signa
         objective = shared.objective(settings, own)
         inputs |= signal_input | {"start": bundle_sha256(start), "data": data.sha256}
         with train.fitted(model, objective, plan, params, world, stage=f"train-{method}", inputs=inputs, on_log=track.log) as records:
-            figures = train.account(policy, plan, records[-1])
+            figures = train.account(model, objective, plan, records[-1], signal_flops)
             figures |= train.validation(model, TokenData(processed, "validation"), world, params.optimizer.micro_batch_tokens)
-            save_model(policy, Path(start), Path(out), world, {"stage": "train", "method": method, "n_steps": plan.n_steps})
+            save_model(policy, Path(start), Path(out), world, {"stage": "train", "method": method, **train.record(model, plan, start)})
             if world.is_first:
                 train.write_log(Path(log), records)
                 write_text(report, json.dumps(figures, indent=2) + "\n")

@@ -202,7 +202,16 @@ CRITIC = {
     "auc": 0.93, "auc_low": 0.91, "auc_high": 0.95, "length_auc": 0.52, "delta_std": 0.08, "bug_localisation": None,
     "bug_localisation_by_chance": None, "n_bugs": 0, "passed": True,
 }  # fmt: skip
-TRAINING = {"steps": 20, "tokens": 1000, "parameters": 300, "train_flops": 600_000, "last_loss": 0.5, "validation_ce_head0": 0.25}
+TRAINING = {
+    "steps": 20,
+    "tokens": 1000,
+    "parameters": 300,
+    "train_flops": 600_000,
+    "signal_flops": 50_000,
+    "total_flops": 650_000,
+    "last_loss": 0.5,
+    "validation_ce_head0": 0.25,
+}
 
 
 def write_result(root, name, seed, trained=True, n_problems=12):
@@ -305,7 +314,11 @@ def test_a_missing_file_is_named(root, path, message):
             '{"humaneval": {"greedy": 1}, "mbpp": {}}',
             "eval.json: humaneval: no greedy_stderr, .*, found greedy",
         ),
-        ("metrics/baseline/train.json", '{"steps": 3}', "train.json: no validation_ce_head0, tokens, parameters, train_flops, found steps"),
+        (
+            "metrics/baseline/train.json",
+            '{"steps": 3}',
+            "train.json: no validation_ce_head0, tokens, parameters, train_flops, signal_flops, total_flops, found steps",
+        ),
         ("metrics/baseline/train.csv", "", "train.csv: not a table of numbers"),
         ("metrics/baseline/train.csv", "step,loss,ce_head0\n", "train.csv: no step, loss, ce_head0, found nothing"),
         ("metrics/baseline/train.csv", "step,loss,ce_head0\n1,2,x\n", "train.csv: not a table of numbers"),

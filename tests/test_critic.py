@@ -14,8 +14,9 @@ from torch import nn
 from tests.test_advantage import double_sum
 from wmtp.batches import Batch, share
 from wmtp.bundle import ModelArgs, write_bundle
-from wmtp.critic import Critic, CriticError, ValueObjective, critic_sha256, load_critic, pairs, read_card, save_critic
+from wmtp.critic import Critic, CriticError, ValueObjective, load_critic, pairs, save_critic
 from wmtp.model import Transformer
+from wmtp.provenance import critic_sha256, read_card
 from wmtp.tokens import TokenData
 from wmtp.world import World
 

@@ -38,6 +38,7 @@ SORTED, MINIMUM, NEAR = (
 COUNT = "def count(t, x):\n    return sum(y == x for y in t)\n"
 
 
+@pytest.mark.slow
 def test_base_and_plus_are_two_results(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     drawn = [{"task_id": "HumanEval/0", "solution": text} for text in (SORTED, MINIMUM, NEAR, "def first(xs): return 0")]

@@ -12,7 +12,7 @@ import yaml
 
 from tests.house import PIPELINES, code_dependencies, filled, method_files, weighting_dependencies
 from wmtp.dependencies import EXEMPT, ROOT, imports
-from wmtp.params import OPERATIONAL, ParameterError, Params, Section, validate
+from wmtp.params import OPERATIONAL, SHARED_ARMS, ParameterError, Params, Section, validate
 from wmtp.view import View, declared_keys, split_arguments
 from wmtp.weighting import METHODS, method_of
 
@@ -23,8 +23,8 @@ BOTH = [
     "benchmarks tracking",
 ]
 TRAINING = [
-    "align advantage bundle world optim noise pickled",
-    "weighting model checkpoint convert slicing sources",
+    "align advantage bundle world optim noise pickled flops",
+    "weighting model checkpoint convert slicing sources provenance",
     "tokens generate",
     "batches scores sampling",
     "policy critic preference",
@@ -46,6 +46,7 @@ PLACE = {room: (wing, floor) for wing, floors in (("both", BOTH), ("training", T
 STAGES = sorted((ROOT / "stages").glob("[a-z]*.py"))
 PIPELINE, STUDY = (yaml.safe_load((ROOT / name).read_text()) for name in PIPELINES)
 PARAMS = yaml.safe_load((ROOT / "params.yaml").read_text())
+PARAMS["study"]["arms"] += SHARED_ARMS  # as a user adds them
 
 
 def room(path: Path) -> str:
@@ -148,8 +149,7 @@ def test_the_files_behind_a_weighting_are_found_through_what_it_imports():
 
 # Rows that no experiment as committed trains.
 WITHOUT_BLOCK = {
-    "inverted_k", "dft", "focal", "entropy_topk", "loss_topk", "crr_binary", "head_decay", "verifiable_shared", "uniform_shared",
-    "adamtp_mask",
+    "inverted_k", "dft", "focal", "entropy_topk", "loss_topk", "crr_binary", "head_decay", "adamtp_mask",
 }  # fmt: skip
 
 

@@ -358,6 +358,7 @@ def test_a_test_that_swallows_everything_cannot_hide_the_end_of_a_program():
     assert outcome(task, "def f():\n    while True: pass").verdict == "timeout"
 
 
+@pytest.mark.slow
 def test_answers_that_make_comparing_endless_cost_the_program_its_verdict():
     task = problem(AssertTests(asserts=["x = f()\nwhile x: pass", "assert True"]))
     limits = Limits(cpu_seconds=0.2, wall_seconds=0.3)
@@ -586,6 +587,7 @@ shutil.rmtree({str(tmp_path)!r}, ignore_errors=True)
         assert canary.read_text() == "alive"
 
 
+@pytest.mark.slow
 def test_a_time_out_by_the_clock_is_run_again_alone():
     # Asleep past the wall limit at the first run, awake within it at the second.
     program = f"import time\ntime.sleep(max(0.0, {time.time() + 1.9!r} - time.time()))\n{RIGHT}"

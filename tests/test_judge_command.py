@@ -85,6 +85,7 @@ def test_the_projects_own_records_with_stdin_tests(tmp_path):
     assert done.returncode == 0 and "pass@1  50.00" in done.stdout
 
 
+@pytest.mark.slow
 def test_self_check_passes_and_says_what_does_not(tmp_path):
     done = command("--self-check", lines(tmp_path / "p.jsonl", PROBLEMS))
     assert done.returncode == 0 and "attacks: 12 of 12 fail; a right program passes" in done.stdout

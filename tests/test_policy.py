@@ -213,6 +213,7 @@ def test_gradients_do_not_depend_on_the_split(name, mix, models):
         assert all(torch.allclose(other_sums[key], sums[key], rtol=1e-10, atol=0) for key in sums)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scope", ["sequence", "two_pass"])
 @pytest.mark.parametrize("head_weights", [None, (4.0, 2.0, 1.0, 0.0)])
 @pytest.mark.parametrize(
@@ -680,10 +681,9 @@ def test_a_block_of_any_name_finds_the_row_of_its_weighting(name):
 
 
 def test_a_critic_that_its_row_has_not_is_refused():
-    for name, other in (("verifiable", "verifiable_shared"), ("verifiable_shared", "verifiable")):
-        settings = TypeAdapter(AnyMethod).validate_python(methods.block(other))
-        with pytest.raises(MethodError, match=rf"methods\.{name}: weighting 'advantage' with critic '{settings.critic}'; .*another name"):
-            method_of(name, settings)
+    settings = settings_of("verifiable")
+    with pytest.raises(MethodError, match=r"methods\.verifiable_shared: weighting 'advantage' with critic 'separate'; .*another name"):
+        method_of("verifiable_shared", settings)
 
 
 def test_a_weighting_that_no_row_has_is_refused():
@@ -723,19 +723,23 @@ def token_data(tmp_path):
     return TokenData(tmp_path, "policy")
 
 
+def settings_of(name, **changes):
+    return TypeAdapter(AnyMethod).validate_python(methods.block(name, **changes))
+
+
 @pytest.mark.slow
 def test_signals_are_read_by_row_and_a_failed_gate_is_refused(token_data, tmp_path):
     values = [np.array([0.1, 0.2, 0.3, 0.4], dtype=np.float32), np.array([0.5, 0.6, 0.7], dtype=np.float32)]
     passed, failed = tmp_path / "passed.safetensors", tmp_path / "failed.safetensors"
-    write_scores(passed, values, token_data, "c" * 64, unit="probability")
+    write_scores(passed, values, token_data, "c" * 64, unit="probability", training_flops=4, scoring_flops=3)
     write_scores(failed, values, token_data, "c" * 64, gate_passed=False, unit="probability")
-    block = {name: TypeAdapter(AnyMethod).validate_python(methods.block(name)) for name in ("baseline", "verifiable")}
-    assert policy_signal("baseline", block["baseline"], "nowhere", token_data, never) == (None, {})
+    assert policy_signal("baseline", settings_of("baseline"), "nowhere", token_data, never) == (None, {}, 0)
     for path, train_anyway in ((passed, never), (failed, lambda: True)):
-        row, inputs = policy_signal("verifiable", block["verifiable"], str(path), token_data, train_anyway)
+        row, inputs, n_flops = policy_signal("verifiable", settings_of("verifiable"), str(path), token_data, train_anyway)
         assert row(0).tolist() == values[0].tolist() and row(1).tolist() == values[1].tolist() and set(inputs) == {"signal"}
+        assert n_flops == (7 if path == passed else 0)
     with pytest.raises(WeightError, match=r"failed the quality gate.*train_anyway: true"):
-        policy_signal("verifiable", block["verifiable"], str(failed), token_data, lambda: False)
+        policy_signal("verifiable", settings_of("verifiable"), str(failed), token_data, lambda: False)
 
 
 def test_another_signals_scores_are_refused(token_data, tmp_path):
@@ -746,13 +750,24 @@ def test_another_signals_scores_are_refused(token_data, tmp_path):
     for unit, right, wrong in (("nats", "rho1", "verifiable"), ("probability", "verifiable", "rho1"), ("logit", "shuffled", "rho1")):
         file = tmp_path / unit / f"{METHODS[right].signal}.safetensors"
         write_scores(file, values, token_data, "c" * 64, unit=unit)
-        assert policy_signal(right, block(right), str(file), token_data, never)[0](1).tolist() == values[1].tolist()
-        assert policy_signal(right, block(right), str(file.parent), token_data, never)[0](1).tolist() == values[1].tolist()
+        assert policy_signal(right, settings_of(right), str(file), token_data, never)[0](1).tolist() == values[1].tolist()
+        assert policy_signal(right, settings_of(right), str(file.parent), token_data, never)[0](1).tolist() == values[1].tolist()
         with pytest.raises(WeightError, match=f"scores in units of {unit}, expected .*another signal's file"):
-            policy_signal(wrong, block(wrong), str(file), token_data, never)
+            policy_signal(wrong, settings_of(wrong), str(file), token_data, never)
     file = tmp_path / "logit" / "critic.safetensors"
     with pytest.raises(WeightError, match="terminal_credit pays a reward of 0 or 1"):
-        policy_signal("verifiable", block("verifiable", terminal_credit=True), str(file), token_data, never)
+        policy_signal("verifiable", settings_of("verifiable", terminal_credit=True), str(file), token_data, never)
+
+
+def test_a_shared_critic_reads_no_scores_under_whatever_name(token_data):
+    """Its values are those of the forward; a name of the table that has no scores takes no other critic."""
+    block = methods.block("verifiable_shared")
+    shared = TypeAdapter(AnyMethod).validate_python(block)
+    for name in ("verifiable", "verifiable_shared"):
+        assert policy_signal(name, shared, "nowhere", token_data, never) == (None, {}, 0)
+        assert policy_objective(name, shared, lambda: 0.9, never, never).method == METHODS["verifiable_shared"]
+    with pytest.raises(MethodError, match=r"methods\.verifiable_shared: weighting 'advantage' with critic 'separate'"):
+        policy_signal("verifiable_shared", settings_of("verifiable"), "nowhere", token_data, never)
 
 
 @pytest.mark.parametrize(("w", "n", "ok"), [(8.0, 8, True), (0.0, 8, False), (7.99, 8, False), (float("nan"), 8, False)])

@@ -27,7 +27,7 @@ def benchmark(score):
 
 def training(n_heads):
     heads = {f"validation_ce_head{head}": 0.12 + 0.01 * head for head in range(n_heads)}
-    return {"steps": 440, "tokens": 1234567, "parameters": 1400000, "train_flops": 12345678901234} | heads
+    return {"steps": 440, "tokens": 1234567, "parameters": 1400000, "train_flops": 12345678901234, "total_flops": 15345678901234} | heads
 
 
 FIGURES = {
@@ -68,7 +68,7 @@ def page(**changes):
 def test_methods_are_rows():
     scores, costs, *_ = cells(page(), "rho1")
     assert scores == ["60.0 ± 2.0", "90.0 ± 1.5", "65.0 ± 3.0", "65.0 ± 2.0", "90.0 ± 1.5", "70.0 ± 3.0", "0.1200"]
-    assert costs == ["440", "1,234,567", "1,400,000", "1.23e+13"]
+    assert costs == ["440", "1,234,567", "1,400,000", "1.23e+13", "1.53e+13"]
     header = cells(page(), "method")[0]
     assert header == ["HumanEval form pass@1", "pass@10", "greedy", "MBPP form pass@1", "pass@10", "greedy", "CE"]
 

@@ -1,4 +1,6 @@
 import json
+import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -6,11 +8,14 @@ import pytest
 import torch
 from safetensors.numpy import load_file, save_file
 
-from tests.conftest import run_ranks
+from tests.conftest import ROOT, run_ranks
 from tests.test_model import random_model
 from wmtp.batches import collate
-from wmtp.critic import Critic, CriticError, critic_sha256, load_critic, save_critic
+from wmtp.bundle import BundleError, bundle_sha256
+from wmtp.checkpoint import save_model
+from wmtp.critic import Critic, CriticError, load_critic, save_critic
 from wmtp.model import load_bundle
+from wmtp.provenance import critic_sha256, read_card
 from wmtp.records import sha256_file
 from wmtp.scores import ScoreError, Scores, check_out_of_fold, problems_of, write_scores
 from wmtp.scoring import critic_value, reference_loss, score_rows, score_split
@@ -68,10 +73,48 @@ def test_scores_of_another_split_are_stale(micro, written):
         Scores(written, TokenData(micro.processed, "validation"))
 
 
-def test_scores_of_another_model_are_stale_where_the_model_is_known(data, written):
-    assert Scores(written, data, "f" * 64).model_sha256 == "f" * 64
-    with pytest.raises(ScoreError, match="model_sha256 is ffffffffffff, expected 000000000000: stale scores; run dvc repro"):
-        Scores(written, data, "0" * 64)
+def a_model(folder, bundle, seed):
+    """A bundle in `folder` that replaces what lay there."""
+    model = random_model(load_bundle(bundle, n_future=1).args, seed=seed, dtype=torch.float32)
+    save_model(model, bundle, folder, ALONE, {"stage": "reference"})
+    return bundle_sha256(folder)
+
+
+def test_scores_of_a_model_that_was_replaced_are_stale(micro, data, tmp_path, monkeypatch):
+    made_by, file = tmp_path / "models" / "reference", tmp_path / "data" / "scores" / "reference.safetensors"
+    old = a_model(made_by, micro.bundle, 1)
+    write_scores(file, numbers(data), data, old, model=made_by)
+    assert Scores(file, data).model_sha256 == old
+    new = a_model(made_by, micro.bundle, 2)
+    message = f"{file}: made by model {old[:12]}, but {made_by} now holds {new[:12]}: stale scores; run dvc repro"
+    with pytest.raises(ScoreError) as error:
+        Scores(file, data)
+    assert str(error.value) == message
+    monkeypatch.chdir(tmp_path / "models")
+    with pytest.raises(ScoreError, match="stale scores"):
+        Scores(file, data)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ScoreError, match=f"but models/reference now holds {new[:12]}"):
+        Scores("data/scores/reference.safetensors", data)
+
+
+def test_scores_alone_are_taken_as_they_are(micro, data, tmp_path):
+    """As after `dvc pull` of the scores, or once the model was cleaned away; what lies there unreadable is an error."""
+    made_by = tmp_path / "reference"
+    write_scores(tmp_path / "s", numbers(data), data, a_model(made_by, micro.bundle, 1), model=made_by)
+    (made_by / "metadata.json").unlink()
+    with pytest.raises(BundleError, match=r"metadata\.json: no such file"):
+        Scores(tmp_path / "s", data)
+    shutil.rmtree(made_by)
+    assert np.array_equal(Scores(tmp_path / "s", data).row(3), numbers(data)[3])
+
+
+def test_where_a_repository_lies_does_not_change_its_scores(data, tmp_path, monkeypatch):
+    for place in ("one", "two/deeper"):
+        write_scores(tmp_path / place / "data" / "s", numbers(data), data, "f" * 64, model=tmp_path / place / "models" / "critic")
+    monkeypatch.chdir(tmp_path / "one")
+    write_scores(Path("data/again"), numbers(data), data, "f" * 64, model=Path("models/critic"))
+    assert len({(tmp_path / name).read_bytes() for name in ("one/data/s", "two/deeper/data/s", "one/data/again")}) == 1
 
 
 def test_a_key_that_lacks_something_is_named(data, written):
@@ -211,7 +254,7 @@ def live(critic, data, row):
 @pytest.mark.parametrize("token_budget", [1, 700, 4000, 10**6])
 def test_cached_scores_equal_live_ones(micro, data, tmp_path, unit, token_budget):
     critic = a_critic(micro.bundle, unit)
-    score_split(critic_value(critic), data, "a" * 64, tmp_path / "s", ALONE, token_budget, True, critic.unit)
+    score_split(critic_value(critic), data, "a" * 64, tmp_path / "s", ALONE, token_budget, unit=critic.unit)
     cached = Scores(tmp_path / "s", data)
     assert cached.unit == unit and np.std(cached.flat) > 0.1
     scale = 1 if unit == "probability" else np.abs(cached.flat).max()
@@ -258,12 +301,59 @@ def test_scores_are_out_of_fold(micro, data):
         check_out_of_fold({"task_ids": ["another problem of its round"], "groups": [group]}, data, "models/critic")
 
 
+def test_a_references_losses_are_out_of_fold_too(data):
+    with pytest.raises(ScoreError, match=r"models/reference: the reference trained on 1 of .* its losses must be out of fold"):
+        check_out_of_fold(problems_of(data, np.array([5])), data, "models/reference", "reference")
+
+
+def reference_stage(micro, folder, extra):
+    """What stages.score_reference makes of a reference whose metadata say `extra`."""
+    from stages import score_reference
+
+    save_model(
+        random_model(load_bundle(micro.bundle, n_future=1).args, seed=2, dtype=torch.float32),
+        micro.bundle,
+        folder / "reference",
+        ALONE,
+        extra,
+    )
+    score_reference.work(PARAMS, None, str(folder / "reference"), str(micro.processed), str(folder / "s"))
+
+
+def test_the_stage_refuses_a_reference_that_saw_the_problems_and_says_where_it_knows_none(micro, data, tmp_path, capfd):
+    other = TokenData(micro.processed, "validation")
+    reference_stage(micro, tmp_path, {"learned_from": problems_of(other, np.arange(len(other)))})
+    assert "no record" not in capfd.readouterr().err
+    reference_stage(micro, tmp_path, {})
+    assert f"{tmp_path / 'reference'}: no record of problems that it was tuned on" in capfd.readouterr().err
+    (tmp_path / "s").unlink()
+    with pytest.raises(ScoreError, match="the reference trained on 1 of the"):
+        reference_stage(micro, tmp_path, {"learned_from": problems_of(data, np.array([0]))})
+    assert not (tmp_path / "s").exists()
+
+
 def saved_critic(micro, folder, trained_on, unit="probability"):
     save_critic(a_critic(micro.bundle, unit), micro.bundle, folder / "critic", {"passed": False}, trained_on, ALONE)
     return folder / "critic"
 
 
 PARAMS = SimpleNamespace(run=SimpleNamespace(device="cpu", dtype="float32"), optimizer=SimpleNamespace(micro_batch_tokens=4000))
+
+
+def test_scores_tell_what_they_cost(micro, data, tmp_path):
+    """The training of the model behind them, as its metadata say, and its forward over every row, right or wrong."""
+    from stages import score_critic
+
+    other = TokenData(micro.processed, "validation")
+    elsewhere = problems_of(other, np.arange(len(other)))
+    reference_stage(micro, tmp_path, {"learned_from": elsewhere, "flops": 10**12})
+    network = load_bundle(micro.bundle, n_future=1)
+    n_tokens = int(data.lengths.sum())
+    met = sum(p.numel() for name, p in network.named_parameters() if name != "tok_embeddings.weight")
+    assert Scores(tmp_path / "s", data).flops == 10**12 + 2 * n_tokens * met
+    save_critic(a_critic(micro.bundle), micro.bundle, tmp_path / "critic", {"passed": False}, elsewhere, ALONE, 10**13)
+    score_critic.work(PARAMS, None, str(tmp_path / "critic"), str(micro.processed), str(tmp_path / "c"))
+    assert Scores(tmp_path / "c", data).flops == 10**13 + 2 * n_tokens * (met + network.args.dim + 2)
 
 
 @pytest.mark.parametrize("unit", ["probability", "logit"])
@@ -273,8 +363,8 @@ def test_the_stage_writes_what_the_critic_makes_of_the_rows(micro, data, tmp_pat
     other = TokenData(micro.processed, "validation")
     path = saved_critic(micro, tmp_path, problems_of(other, np.arange(len(other))), unit)
     score_critic.work(PARAMS, None, str(path), str(micro.processed), str(tmp_path / "s"))
-    found = Scores(tmp_path / "s", data, critic_sha256(path))
-    assert (found.unit, found.gate_passed) == (unit, False)
+    found = Scores(tmp_path / "s", data)
+    assert (found.model_sha256, found.unit, found.gate_passed) == (critic_sha256(path), unit, False)
     assert np.allclose(found.row(2), live(load_critic(path), data, 2), rtol=1e-5, atol=1e-6)
 
 
@@ -288,3 +378,28 @@ def test_the_stage_refuses_rows_of_problems_that_the_critic_saw(micro, data, tmp
     with pytest.raises(CriticError, match="no readable description of the critic"):
         score_critic.work(PARAMS, None, str(path), str(micro.processed), str(tmp_path / "s"))
     assert not (tmp_path / "s").exists()
+
+
+@pytest.mark.slow
+def test_the_training_stage_refuses_scores_of_an_older_critic(micro, data, tmp_path, monkeypatch):
+    from stages import score_critic, train
+    from tests import methods
+    from wmtp import params
+    from wmtp.view import View
+
+    other = TokenData(micro.processed, "validation")
+    path = saved_critic(micro, tmp_path, problems_of(other, np.arange(len(other))))
+    score_critic.work(PARAMS, None, str(path), str(micro.processed), str(tmp_path / "s"))
+    newer = a_critic(micro.bundle)
+    with torch.no_grad():
+        newer.value.bias += 1
+    save_critic(newer, micro.bundle, path, {"passed": True}, read_card(path), ALONE)
+    values = params.read_yaml(ROOT / "params.yaml")
+    values["methods"]["verifiable"] = methods.block("verifiable", 3)
+    values["critic"]["gate"]["train_anyway"] = True
+    monkeypatch.setenv("DVC_ROOT", str(tmp_path))
+    seeing = View(params.validate(values), list(params.Params.model_fields), "train@verifiable")
+    arguments = ["verifiable", micro.bundle, micro.processed, tmp_path / "s", *(tmp_path / name for name in ("out", "log", "report"))]
+    with pytest.raises(ScoreError, match=rf"^\S+/s: made by model \w{{12}}, but {path} now holds \w{{12}}: stale scores; run dvc repro$"):
+        train.work(seeing, None, *map(str, arguments))
+    assert not (tmp_path / "out").exists()

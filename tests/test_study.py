@@ -18,7 +18,15 @@ ARMS = ("baseline", "verifiable", "shuffled", "rho1")
 
 def result(scores: list[float], protocol: str = "aa", ce: float = 0.5) -> Result:
     named = {f"p{place:02d}": score for place, score in enumerate(scores)}
-    training = {"validation_ce_head0": ce, "parameters": 10, "train_flops": 1e9, "steps": 5, "tokens": 900}
+    training = {
+        "validation_ce_head0": ce,
+        "parameters": 10,
+        "train_flops": 1e9,
+        "signal_flops": 5e8,
+        "total_flops": 1.5e9,
+        "steps": 5,
+        "tokens": 900,
+    }
     return Result("x", {"humaneval": {"protocol_sha256": protocol}}, {("humaneval", "pass@1"): named}, training, {})
 
 
@@ -130,6 +138,27 @@ def test_the_page_and_the_picture(tmp_path):
     for name in ("one.png", "two.png"):
         study_report.draw([asdict(one) for one in rows], by_seed, tmp_path / name)
     assert (tmp_path / "one.png").read_bytes() == (tmp_path / "two.png").read_bytes()
+
+
+def test_a_shared_critic_is_compared_with_its_control_on_the_same_rows(monkeypatch, tmp_path):
+    """It reads pairs: other steps and tokens than the rest, and no contrast with them."""
+    pair = ("verifiable_shared", "uniform_shared")
+    results = {f"{arm}-{seed}": found for arm, row in drawn(("baseline", *pair), 2).items() for seed, found in enumerate(row)}
+    monkeypatch.setattr(study, "read_result", lambda name, metrics, verdicts: results[name])
+    for arm in pair:
+        for seed in (0, 1):
+            results[f"{arm}-{seed}"].training.update(steps=9, tokens=1700)
+    found = study.read_arms(["baseline", *pair], [0, 1], tmp_path, tmp_path)
+    rows = contrasts(found, "baseline", 500)
+    assert [(one.arm, one.against, one.primary) for one in rows] == [(*pair, False)]
+    text = study_report.page(study.arm_rows(found), [asdict(one) for one in rows], ["humaneval"], 500)
+    assert "baseline: 5 steps, 900 tokens; verifiable_shared, uniform_shared: 9 steps, 1,700 tokens" in " ".join(text.split())
+    assert "## Every other arm against uniform_shared" in text
+    with pytest.raises(CompareError, match="and uniform_shared, its control, is missing"):
+        contrasts({arm: found[arm] for arm in ("baseline", "verifiable_shared")}, "baseline", 500)
+    results["uniform_shared-1"].training["tokens"] = 1701
+    with pytest.raises(CompareError, match="seed 1: the arms differ"):
+        study.read_arms(["baseline", *pair], [0, 1], tmp_path, tmp_path)
 
 
 def test_arms_of_another_budget_are_refused(monkeypatch, tmp_path):

@@ -236,6 +236,7 @@ def test_impossible_sizes_are_refused(tmp_path, changes, message):
         generate(tmp_path, seed=1, **{**SIZE, **changes})
 
 
+@pytest.mark.slow
 def test_when_the_grammar_is_used_up_nothing_is_written(tmp_path, monkeypatch):
     monkeypatch.setattr(synthetic, "MAX_DRAWS", 30)
     with pytest.raises(ValueError, match="composition of 1 operations in 30 draws"):
@@ -274,6 +275,7 @@ def pairs(n: int, seed: int) -> list:
     return [source.draw(TRAIN_FORMS[i % 5], FAMILIES[i % 3], "train") for i in range(n)]
 
 
+@pytest.mark.slow
 def test_wrong_programs_are_no_more_degenerate_than_right_ones():
     tasks, fresh = pairs(300, seed=23), TaskSource(24, 1, 3).long
     for member in ([task.composition for task in tasks], [task.mutation.composition for task in tasks]):

@@ -13,19 +13,23 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests import methods
 from tests.conftest import ROOT, run_ranks, start
 from tests.test_model import random_model
+from wmtp import flops, sampling, train
 from wmtp import params as parameters
-from wmtp import sampling, train
 from wmtp.align import align_future
 from wmtp.batches import collate, in_order
 from wmtp.bundle import read_args
+from wmtp.checkpoint import save_model
 from wmtp.critic import Critic, ValueObjective
 from wmtp.model import load_bundle
 from wmtp.optim import build_optimizer, learning_rate
 from wmtp.policy import PolicyObjective, WeightError
 from wmtp.protocols import PROTOCOLS, with_sampling
 from wmtp.raw_data import read_raw
+from wmtp.scores import problems_of
+from wmtp.shared import SharedPolicy
 from wmtp.tokens import TokenData, TokenError, Tokenizer
 from wmtp.train import NotFinite, Plan
 from wmtp.view import View
@@ -458,13 +462,38 @@ def test_validation_is_the_mean_loss_of_each_head_over_correct_programs(micro):
 
 def test_the_account_counts_what_was_read(micro, data):
     plan, model = plan_of(data, n_epochs=1.5), start_model(micro.bundle)
-    figures = train.account(model, plan, {"loss": 2.0, "ce": 3.0, "grad_norm": 1.0})
+    figures = train.account(model, policy("baseline"), plan, {"loss": 2.0, "ce": 3.0, "grad_norm": 1.0}, 11)
     n_tokens = sum(int(data.lengths[plan.step(number).row_B].sum()) for number in range(plan.n_steps))
     n_weights = sum(p.numel() for p in model.parameters())
     assert (figures["steps"], figures["tokens"], figures["parameters"]) == (9, n_tokens, n_weights)
     assert figures["last_loss"] == 2.0 and figures["last_ce"] == 3.0
     multiplied = n_weights - model.tok_embeddings.weight.numel() + 2 * model.output.weight.numel()
     assert figures["train_flops"] == 6 * n_tokens * multiplied, "the output matrix serves every head"
+    assert (figures["signal_flops"], figures["total_flops"]) == (11, figures["train_flops"] + 11)
+    twice = train.account(model, policy("rho1", scope="two_pass"), plan, {"loss": 2.0, "ce": 3.0})
+    assert twice["train_flops"] == 8 * n_tokens * multiplied, "a forward more"
+    lagged = methods.objective("rho1", n_future=3, scope={"kind": "lagged", "ema": 0.0})
+    lagged = train.account(model, lagged, plan, {"loss": 2.0, "ce": 3.0})
+    first_step = int(data.lengths[plan.step(0).row_B].sum())
+    assert lagged["train_flops"] == (6 * n_tokens + 2 * first_step) * multiplied, "the first step goes forward twice"
+    assert train.account(SharedPolicy(model), policy("baseline"), plan, {"loss": 2.0, "ce": 3.0})["parameters"] == n_weights
+
+
+def test_a_model_tells_which_problems_it_and_its_start_learned_from(micro, data, tmp_path):
+    """Those whose rows were read and no others; nothing of a start without a record."""
+    plan = plan_of(data, 4, n_epochs=0.5)
+    rows = np.concatenate([plan.step(number).row_B.numpy() for number in range(plan.n_steps)])
+    assert plan.rows_read().tolist() == rows.tolist() and len(rows) == 20
+    model = start_model(micro.bundle, torch.float32)
+    first = train.record(model, plan, micro.bundle)
+    n_flops = flops.training(model, int(data.lengths[rows].sum()))
+    assert first == {"n_steps": 5, "flops": n_flops, "learned_from": problems_of(data, rows)} and n_flops > 0
+    save_model(model, micro.bundle, tmp_path / "first", ALONE, first)
+    other = TokenData(micro.processed, "validation")
+    second = train.record(model, plan_of(other, 2, units=other.correct_rows()[:2]), tmp_path / "first")["learned_from"]
+    own = problems_of(other, other.correct_rows()[:2])
+    assert second == {key: sorted({*own[key], *first["learned_from"][key]}) for key in ("task_ids", "groups")}
+    assert train.record(model, plan_of(data, n_epochs=0), micro.bundle)["learned_from"] == {"task_ids": [], "groups": []}
 
 
 def tune_and_die(bundle, processed, out, moment):

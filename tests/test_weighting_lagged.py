@@ -108,6 +108,7 @@ def averaged(old, new, ema):
     return {key: [ema * a + (1 - ema) * b for a, b in zip(old[key], new[key])] for key in new} if old else new
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ema", [0.0, 0.7])
 @pytest.mark.parametrize(("form", "mode"), FORMS)
 def test_three_steps_equal_the_loops(form, mode, ema):
@@ -161,6 +162,7 @@ def test_other_weightings_are_judged_by_the_step_before(name):
 # --- the step as a whole -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mix", [1.0, 0.4])
 @pytest.mark.parametrize("head_weights", [None, (4.0, 2.0, 1.0, 0.0)])
 @pytest.mark.parametrize(("form", "mode"), FORMS)
@@ -173,6 +175,7 @@ def test_the_first_step_is_that_of_two_passes(form, mode, head_weights, mix):
     assert float(sums["note_rescale"] / sums["n"].sum()) == pytest.approx(1, abs=1e-6) or head_weights
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("form", "mode"), FORMS)
 def test_no_split_of_the_steps_matters(form, mode):
     found = [gradients(lagged(form, mode, 0.5), steps(3, EQUAL_LENGTHS), budget) for budget in (10**9, 40, 20)]
@@ -273,6 +276,7 @@ def uninterrupted(made, micro, data):
     return model, fit(model, made(), short_plan(data))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("at", [1, 2, 4])
 def test_interrupted_and_resumed_equals_uninterrupted(micro, data, made, uninterrupted, tmp_path, at):
     with pytest.raises(Killed):

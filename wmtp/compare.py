@@ -24,7 +24,7 @@ ALPHA, POWER = 0.05, 0.8
 SEED = 0  # of the resampling; fixed, so that equal verdicts give equal intervals
 BLOCK = 1000  # resamples drawn at a time, to bound memory
 EVALUATION_KEYS = ("greedy", "greedy_stderr", "n_problems", "protocol_sha256")
-TRAINING_KEYS = ("validation_ce_head0", "tokens", "steps", "parameters", "train_flops")
+TRAINING_KEYS = ("validation_ce_head0", "tokens", "steps", "parameters", "train_flops", "signal_flops", "total_flops")
 LOG_KEYS = ("step", "loss", "ce_head0")
 CRITIC_KEYS = ("passed", "auc", "auc_low", "auc_high", "length_auc", "delta_std", "bug_localisation")
 

@@ -6,7 +6,6 @@ the sum of -log p of the response's tokens so far under the critic's own next-to
 it with what the last block predicted one position earlier, so without that number the comparison would have to be learned anew below.
 """
 
-import hashlib
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -25,20 +24,16 @@ from wmtp.batches import Batch
 from wmtp.bundle import atomic_directory, bundle_sha256, write_bundle
 from wmtp.checkpoint import full_state
 from wmtp.model import Transformer, load_bundle
+from wmtp.provenance import CARD, CriticError, read_card
 from wmtp.tokens import TokenData
 from wmtp.world import World
 
-__all__ = ["Critic", "CriticError", "ValueObjective", "critic_sha256", "gae", "load_critic", "pairs", "read_card", "save_critic"]
+__all__ = ["Critic", "CriticError", "ValueObjective", "gae", "load_critic", "pairs", "save_critic"]
 
 
 LENGTH_BIN = 0.25  # of the longer program's tokens, prompt included
 HUBER = 0.1  # distance of a value from its target at which the squared loss becomes a straight line
-CARD = "critic.json"
 Unit = Literal["probability", "logit"]
-
-
-class CriticError(ValueError):
-    """A critic on disk that is not what it should be, or a value loss that does not exist."""
 
 
 class Critic(nn.Module):
@@ -71,18 +66,6 @@ class Critic(nn.Module):
         return functional.linear(read, self.value.weight.to(read.dtype), self.value.bias.to(read.dtype)).squeeze(-1)
 
 
-def read_card(path: str | Path) -> dict[str, Any]:
-    """OUT/critic.json: the critic's `unit`, and the `task_ids` and `groups` of the problems that it trained on."""
-    file = Path(path) / CARD
-    try:
-        card = json.loads(file.read_text())
-    except (FileNotFoundError, json.JSONDecodeError) as error:
-        raise CriticError(f"{file}: no readable description of the critic ({error}); run critic-pretrain again (dvc repro)") from None
-    if missing := {"unit", "task_ids", "groups"} - set(card):
-        raise CriticError(f"{file}: lacks {', '.join(sorted(missing))}; run critic-pretrain again (dvc repro)")
-    return card
-
-
 def load_critic(path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> Critic:
     """A trained critic: the bundle `path`/trunk and the value head beside it, every key used or an error."""
     trunk = load_bundle(Path(path) / "trunk", n_future=1, dtype=dtype, device=device)
@@ -95,10 +78,13 @@ def load_critic(path: str | Path, device: str | torch.device = "cpu", dtype: tor
     return critic
 
 
-def save_critic(critic: Critic, start: Path, out: Path, gate: dict[str, Any], trained_on: Mapping[str, list[str]], world: World) -> None:
+def save_critic(
+    critic: Critic, start: Path, out: Path, gate: dict[str, Any], trained_on: Mapping[str, list[str]], world: World, n_flops: int = 0
+) -> None:
     """OUT/trunk (a bundle), value_head.safetensors, critic.json and gate.json, all or nothing. Every rank calls it, rank 0 writes.
 
-    `trained_on` names the problems behind the critic's rows (wmtp.scores.problems_of): it must not judge these.
+    `trained_on` names the problems behind the critic's rows (wmtp.scores.problems_of): it must not judge these. `n_flops` is what its
+    training cost.
     """
     state = full_state(critic)
     if not world.is_first:
@@ -108,19 +94,13 @@ def save_critic(critic: Critic, start: Path, out: Path, gate: dict[str, Any], tr
     }
     with atomic_directory(out, marker="gate.json") as folder:
         tokenizer = (Path(start) / "tokenizer.model").read_bytes()
-        extra = {"start_sha256": bundle_sha256(start), "stage": "critic"}
+        extra = {"start_sha256": bundle_sha256(start), "stage": "critic", "flops": n_flops}
         write_bundle(
             folder / "trunk", critic.trunk.args, parts["trunk"], tokenizer, source="wmtp training", dropped=[], extra=extra
         )  # fmt: skip
         save_file(parts["value"], folder / "value_head.safetensors")
         (folder / CARD).write_text(json.dumps({"unit": critic.unit, **trained_on}, indent=1) + "\n")
         (folder / "gate.json").write_text(json.dumps(gate, indent=2) + "\n")
-
-
-def critic_sha256(path: str | Path) -> str:
-    """Identity of a trained critic: its trunk, its head, and what its card says of them."""
-    parts = [hashlib.sha256((Path(path) / name).read_bytes()).hexdigest() for name in ("value_head.safetensors", CARD)]
-    return hashlib.sha256("".join([bundle_sha256(Path(path) / "trunk"), *parts]).encode()).hexdigest()
 
 
 def pairs(data: TokenData) -> np.ndarray:

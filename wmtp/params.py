@@ -281,6 +281,10 @@ class SharedMethod(Method):
     )
 
 
+SHARED_ARMS = ("verifiable_shared", "uniform_shared")
+"""Blocks that nothing trains unless study.arms names them: the method, and its control on the same rows."""
+
+
 class SharedUniformMethod(SharedMethod):
     weighting: Literal["uniform"]
 
@@ -542,7 +546,8 @@ class Params(Section):
     @model_validator(mode="after")
     def _whole_pairs(self) -> "Params":
         for name, block in self.methods.items():
-            if self.training.batch_rows % 2 and reads_pairs(block):
+            idle = name in SHARED_ARMS and name not in self.study.arms
+            if self.training.batch_rows % 2 and reads_pairs(block) and not idle:
                 raise ValueError(
                     f"training.batch_rows {self.training.batch_rows} is odd, but methods.{name} trains on pairs of one correct and one"
                     " incorrect row (its critic or policy_on_incorrect)"

@@ -66,7 +66,7 @@ class PolicyObjective:
     @property
     def scored_first(self) -> bool:
         """Whether a step must be scored before its losses are taken: every one under two_pass, the first one under lagged."""
-        return self._two_pass or (self.lag is not None and not self.lag.known)
+        return self.two_pass or (self.lag is not None and not self.lag.known)
 
     @torch.no_grad()
     def weigh_step(self, model: nn.Module, step: Batch, batches: list[Batch], world: World) -> list[Batch]:
@@ -137,13 +137,13 @@ class PolicyObjective:
         }  # fmt: skip
 
     @property
-    def _two_pass(self) -> bool:
+    def two_pass(self) -> bool:
         return self.settings.get("scope") == "two_pass"
 
     @property
     def _population(self) -> tuple[int, ...]:
         """The axes of [B, T, F] over which weights have mean 1; none where a single micro-batch cannot tell."""
-        return () if self.lag is not None else STEP if self._two_pass else ROWS
+        return () if self.lag is not None else STEP if self.two_pass else ROWS
 
     @property
     def _needs_entropy(self) -> bool:
@@ -228,19 +228,20 @@ UNITS = {"critic": ("probability", "logit"), "reference": ("nats",)}
 
 def policy_signal(
     name: str, settings: Any, path: str, data: TokenData, train_anyway: Callable[[], bool]
-) -> tuple[Callable[[int], np.ndarray] | None, dict[str, str]]:
-    """The cached signal of methods.`name` by row and the hashes that it adds to the run's inputs; a critic that failed its gate is refused.
+) -> tuple[Callable[[int], np.ndarray] | None, dict[str, str], int]:
+    """The method's cached signal by row, the hashes that it adds to the run's inputs, and the FLOPs behind it.
 
-    `settings` is the method's block, `path` is the score file, or a folder that holds one for each signal.
+    A critic that failed its gate is refused. `settings` is the method's block, `path` is the score file, or a folder that holds one for
+    each signal.
     """
-    signal = method_of(name, settings).signal
-    if signal is None:
-        return None, {}
-    path = str(Path(path) / f"{signal}.safetensors") if Path(path).is_dir() else path
+    kind = method_of(name, settings).signal
+    if kind is None:
+        return None, {}, 0
+    path = str(Path(path) / f"{kind}.safetensors") if Path(path).is_dir() else path
     scores = Scores(path, data)
-    if scores.unit not in UNITS[signal]:
-        raise WeightError(f"{path}: scores in units of {scores.unit}, expected {' or '.join(UNITS[signal])}: another signal's file")
-    if signal == "critic" and not scores.gate_passed and not train_anyway():
+    if scores.unit not in UNITS[kind]:
+        raise WeightError(f"{path}: scores in units of {scores.unit}, expected {' or '.join(UNITS[kind])}: another signal's file")
+    if kind == "critic" and not scores.gate_passed and not train_anyway():
         raise WeightError(
             f"{path}: its critic failed the quality gate (see metrics/critic.json); train it longer, or set critic.gate.train_anyway: true"
         )
@@ -249,7 +250,7 @@ def policy_signal(
             f"methods.{name}.terminal_credit pays a reward of 0 or 1, but {path} holds values in units of {scores.unit}, of which only"
             " differences mean anything; set it to false, or train the critic with another loss than pairwise"
         )
-    return scores.row, {"signal": scores.sha256}
+    return scores.row, {"signal": scores.sha256}, scores.flops
 
 
 def check_weights(weight_BT: Tensor, valid_BT: Tensor) -> Tensor:

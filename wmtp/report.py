@@ -27,7 +27,11 @@ def table(figures: Figures, differences: Sequence[Mapping[str, Any]], critic: Ma
         grid(*_scores(figures)),
         paragraph(f"In percent, ± one standard error over {problems}. CE: cross-entropy of head 0 on held-out programs, nats per token."),
         grid(*_costs(figures)),
-        paragraph("The policy's own training; critic, reference and warm-up are not counted."),
+        paragraph(
+            "FLOPs: the policy's own training; in total with the training of its critic or reference and the forward of that over the"
+            " policies' data, counted whole for every method that reads it. The warm-up, which all share, is not counted. Wall clock: in"
+            " MLflow and the logs."
+        ),
         f"## Differences from {differences[0]['against']}, and between the other methods",
         grid(*_differences(differences)),
         paragraph(
@@ -78,8 +82,11 @@ def _scores(figures: Figures) -> Grid:
 def _costs(figures: Figures) -> Grid:
     keys = ("steps", "tokens", "parameters")
     spent = {name: sections["training"] for name, sections in figures.items() if sections["training"]}
-    rows = [[name, *(f"{cost[key]:,}" for key in keys), f"{cost['train_flops']:.2e}"] for name, cost in spent.items()]
-    return ["method", *keys, "FLOPs"], rows, 1
+    rows = [
+        [name, *(f"{cost[key]:,}" for key in keys), f"{cost['train_flops']:.2e}", f"{cost['total_flops']:.2e}"]
+        for name, cost in spent.items()
+    ]
+    return ["method", *keys, "FLOPs", "total FLOPs"], rows, 1
 
 
 def _differences(differences: Sequence[Mapping[str, Any]]) -> Grid:

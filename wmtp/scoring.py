@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -54,15 +55,9 @@ def score_rows(
 
 
 def score_split(
-    score: Callable[[Batch], Tensor],
-    data: TokenData,
-    model_sha256: str,
-    out: Path,
-    world: World,
-    token_budget: int,
-    gate_passed: bool = True,
-    unit: str = "nats",
+    score: Callable[[Batch], Tensor], data: TokenData, model_sha256: str, out: Path, world: World, token_budget: int, **origin: Any
 ) -> None:
+    """Every row of `data`; `origin` as wmtp.scores.write_scores takes it."""
     scores = score_rows(score, data, np.arange(len(data)), world, token_budget)
     if scores is not None:
-        write_scores(out, scores, data, model_sha256, gate_passed=gate_passed, unit=unit)
+        write_scores(out, scores, data, model_sha256, **origin)

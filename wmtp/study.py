@@ -30,6 +30,8 @@ from wmtp.compare import (
 
 MEASURE = "pass@1"
 PRIMARY = (("verifiable", "baseline"), ("verifiable", "shuffled"), ("verifiable", "position_only"))
+# Arms that read pairs of a correct and an incorrect program, and the one of them that weighs uniformly: compared with each other alone.
+SHARED = ("verifiable_shared", "uniform_shared")
 MAX_ENUMERATED = 20
 BUDGET = ("steps", "tokens")
 
@@ -68,7 +70,8 @@ def read_arms(arms: Sequence[str], seeds: Sequence[int], metrics: Path, verdicts
     check_comparable([result for results in found.values() for result in results])
     for place, seed in enumerate(seeds):
         budgets = {arm: tuple(results[place].training[key] for key in BUDGET) for arm, results in found.items()}
-        if len(set(budgets.values())) > 1:
+        kinds = [{budget for arm, budget in budgets.items() if (arm in SHARED) == shared} for shared in (False, True)]
+        if any(len(kind) > 1 for kind in kinds):
             raise CompareError(f"seed {seed}: the arms differ in {' and '.join(BUDGET)}: {budgets}; train them on the same data and budget")
     return found
 
@@ -120,11 +123,17 @@ def contrast(arm: str, ours: np.ndarray, against: str, theirs: np.ndarray, bench
 
 
 def contrasts(found: Mapping[str, Sequence[Result]], against: str, resamples: int) -> list[Contrast]:
-    """The primary contrasts whose arms are there, then every other arm against `against`; Holm within each of the two."""
+    """The primary contrasts whose arms are there, then every other arm against its control; Holm within each of the two.
+
+    The control is `against`, and for a shared critic the arm with the same value loss on the same rows.
+    """
     if against not in found:
         raise CompareError(f"study.arms: {against} is missing, expected it as the arm that all others are compared with")
     pairs = [pair for pair in PRIMARY if set(pair) <= set(found)]
-    others = [(arm, against) for arm in found if arm != against and (arm, against) not in pairs]
+    if SHARED[0] in found and SHARED[1] not in found:
+        raise CompareError(f"study.arms: {SHARED[0]} reads other rows than {against}, and {SHARED[1]}, its control, is missing; add that")
+    others = [(arm, against) for arm in found if arm not in (against, *SHARED) and (arm, against) not in pairs]
+    others += [SHARED] if SHARED[0] in found else []
     benchmarks = list(found[against][0].evaluation)
     score = {(arm, benchmark): scores(found[arm], benchmark) for arm in found for benchmark in benchmarks}
     tables = []
@@ -147,5 +156,5 @@ def arm_rows(found: Mapping[str, Sequence[Result]]) -> list[dict[str, Any]]:
         columns["validation_ce_head0"] = np.array([result.training["validation_ce_head0"] for result in results])
         for name, values in columns.items():
             row |= {name: float(values.mean()), f"{name}_sd": float(values.std(ddof=1)) if len(values) > 1 else math.nan}
-        rows.append(row | {key: results[0].training[key] for key in ("steps", "tokens", "parameters", "train_flops")})
+        rows.append(row | {key: results[0].training[key] for key in ("steps", "tokens", "parameters", "train_flops", "total_flops")})
     return rows

@@ -17,14 +17,15 @@ def page(arms: Sequence[Mapping[str, Any]], contrasts: Sequence[Mapping[str, Any
     blocks = [
         "## Arms",
         grid(*_arms(arms, benchmarks)),
-        paragraph(
-            f"Every arm: {arms[0]['steps']:.0f} steps, {arms[0]['tokens']:,.0f} tokens. FLOPs are those of the policy's own training."
-        ),
+        paragraph(f"{_budgets(arms)}. FLOPs: the policy's own training; in total with its critic or reference."),
         paragraph(
             f"pass@1 in percent, mean of {n_seeds} training seeds ± their standard deviation; {counts}. CE: head 0, held-out programs."
         ),
     ]
-    for heading, rows in (("## Primary contrasts", primary), (f"## Every other arm against {contrasts[-1]['against']}", others)):
+    for heading, rows in (
+        ("## Primary contrasts", primary),
+        (f"## Every other arm against {' or '.join(dict.fromkeys(one['against'] for one in others))}", others),
+    ):
         blocks += [heading, grid(*_contrasts(rows))] if rows else []
     blocks += [
         paragraph(
@@ -43,13 +44,21 @@ def page(arms: Sequence[Mapping[str, Any]], contrasts: Sequence[Mapping[str, Any
     return "\n\n".join(blocks) + "\n"
 
 
+def _budgets(arms: Sequence[Mapping[str, Any]]) -> str:
+    """Who took how many steps over how many tokens: all arms the same, but for those that read other rows."""
+    named: dict[str, list[str]] = {}
+    for arm in arms:
+        named.setdefault(f"{arm['steps']:.0f} steps, {arm['tokens']:,.0f} tokens", []).append(arm["arm"])
+    return "; ".join(f"{'Every arm' if len(named) == 1 else ', '.join(names)}: {budget}" for budget, names in named.items())
+
+
 def _arms(arms: Sequence[Mapping[str, Any]], benchmarks: Sequence[str]) -> tuple[list[str], list[list[str]], int]:
-    header = ["arm", *(f"{title(benchmark)} pass@1" for benchmark in benchmarks), "CE", "parameters", "FLOPs"]
+    header = ["arm", *(f"{title(benchmark)} pass@1" for benchmark in benchmarks), "CE", "parameters", "FLOPs", "total FLOPs"]
     rows = [
         [
             arm["arm"], *(f"{100 * arm[benchmark]:.1f} ± {100 * arm[f'{benchmark}_sd']:.1f}" for benchmark in benchmarks),
             f"{arm['validation_ce_head0']:.4f} ± {arm['validation_ce_head0_sd']:.4f}",
-            f"{arm['parameters']:,}", f"{arm['train_flops']:.2e}",
+            f"{arm['parameters']:,}", f"{arm['train_flops']:.2e}", f"{arm['total_flops']:.2e}",
         ]
         for arm in arms
     ]  # fmt: skip

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from wmtp import checkpoint
+from wmtp import checkpoint, flops, provenance
 from wmtp.align import IGNORE, future_targets
 from wmtp.batches import Batch, collate, in_order, n_steps, share, step_rows
 from wmtp.bundle import bundle_sha256
@@ -26,6 +26,7 @@ from wmtp.params import OPERATIONAL
 from wmtp.policy import PolicyObjective, check_faults, check_reached, check_selected, scaled
 from wmtp.progress import Bar
 from wmtp.records import write_text
+from wmtp.scores import problems_of
 from wmtp.tokens import TokenData, check_same_tokenizer
 from wmtp.weighting import METHODS
 from wmtp.world import World
@@ -65,6 +66,11 @@ class Plan:
 
     def step(self, number: int) -> Batch:
         return collate(self.data, step_rows(self.units, self.per_step, self.seed, number).reshape(-1), self.signal_of)
+
+    def rows_read(self) -> np.ndarray:
+        """Row numbers in the order in which the whole training reads them."""
+        steps = [step_rows(self.units, self.per_step, self.seed, number).reshape(-1) for number in range(self.n_steps)]
+        return np.concatenate([np.empty(0, dtype=np.int64), *steps])
 
     def first_pass(self) -> Iterator[Batch]:
         """The steps in which every unit has come at least once."""
@@ -260,17 +266,34 @@ def tune(
     objective = PolicyObjective(METHODS["baseline"], {}, model.n_future)
     inputs = {"start": bundle_sha256(start), "data": data.sha256}
     with fitted(model, objective, plan, params, world, stage=section, inputs=inputs, on_log=on_log) as records:
-        checkpoint.save_model(model, start, out, world, {"stage": section, "n_steps": plan.n_steps})
+        checkpoint.save_model(model, start, out, world, {"stage": section, **record(model, plan, start)})
     return records
 
 
-def account(model: Transformer, plan: Plan, last: Mapping[str, float]) -> dict[str, float]:
-    """What the training cost and where it ended: steps, tokens read (prompt and response), parameters, FLOPs (6 a weight and token)."""
-    n_tokens = sum(int(plan.data.lengths[step_rows(plan.units, plan.per_step, plan.seed, number)].sum()) for number in range(plan.n_steps))
-    n_weights = sum(parameter.numel() for name, parameter in model.named_parameters() if not name.startswith("tok_embeddings"))
-    output = model.output.weight.numel() * (model.n_future - 1)
-    figures = {"steps": plan.n_steps, "tokens": n_tokens, "parameters": sum(parameter.numel() for parameter in model.parameters())}
-    return figures | {"train_flops": 6 * n_tokens * (n_weights + output)} | {f"last_{key}": last[key] for key in ("loss", "ce")}
+def record(model: nn.Module, plan: Plan, start: Path) -> dict[str, Any]:
+    """What the metadata of a trained model tell of its training."""
+    rows = plan.rows_read()
+    learned_from = provenance.with_start(problems_of(plan.data, rows), start)
+    return {"n_steps": plan.n_steps, "flops": flops.training(model, int(plan.data.lengths[rows].sum())), "learned_from": learned_from}
+
+
+def account(model: nn.Module, objective: Objective, plan: Plan, last: Mapping[str, float], signal_flops: int = 0) -> dict[str, float]:
+    """What the training cost and where it ended: steps, tokens read (prompt and response), parameters of the policy, FLOPs.
+
+    `train_flops` are the policy's own, `total_flops` with those of the signal that weighed it.
+    """
+    n_tokens = int(plan.data.lengths[plan.rows_read()].sum())
+    spent = flops.training(model, n_tokens) + flops.forward(model, _scored_first(objective, plan, n_tokens))
+    policy = getattr(model, "trunk", model)
+    figures = {"steps": plan.n_steps, "tokens": n_tokens, "parameters": sum(parameter.numel() for parameter in policy.parameters())}
+    figures |= {"train_flops": spent, "signal_flops": signal_flops, "total_flops": spent + signal_flops}
+    return figures | {f"last_{key}": last[key] for key in ("loss", "ce")}
+
+
+def _scored_first(objective: Objective, plan: Plan, n_tokens: int) -> int:
+    """Tokens of the steps that go forward once more, before their losses are taken (PolicyObjective.scored_first)."""
+    first_step = int(plan.data.lengths[step_rows(plan.units, plan.per_step, plan.seed, 0)].sum())
+    return n_tokens if getattr(objective, "two_pass", False) else first_step if getattr(objective, "lag", None) else 0
 
 
 @torch.no_grad()

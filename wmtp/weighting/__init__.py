@@ -50,15 +50,16 @@ class MethodError(ValueError):
 def method_of(name: str, block: Any) -> Method:
     """The row of methods.`name`, else the row with its block's weighting: a weighting may have many blocks, each an arm of its own.
 
-    `block` has the attribute `weighting`, and `critic` (separate | shared) where its form has one.
+    A name whose row reads a critic's cached values keeps it when its block says `critic: shared`: the row is then that of the same
+    weighting by the values of the forward. `block` has the attribute `weighting`, and `critic` (separate | shared) where its form has one.
     """
-    if name in METHODS:
-        if _fits(METHODS[name], block):
-            return METHODS[name]
-        weighting, signal, _ = METHODS[name]
+    named = METHODS.get(name)
+    if named and _fits(named, block):
+        return named
+    if named and not (named.weighting == block.weighting and getattr(block, "critic", None) == "shared"):
         raise MethodError(
-            f"methods.{name}: {_told(block)}; wmtp.weighting.METHODS has {weighting!r} with signal {signal} under that name; give the block"
-            " another name"
+            f"methods.{name}: {_told(block)}; wmtp.weighting.METHODS has {named.weighting!r} with signal {named.signal} under that name;"
+            " give the block another name"
         )
     fitting = [row for row in METHODS.values() if _fits(row, block)]
     if not fitting:
