@@ -117,6 +117,7 @@ runpy.run_module("wmtp.judge", run_name="__main__")
 LANDLOCK, SECCOMP = {"landlock_create_ruleset": (444, 444)}, {"seccomp": (317, 277)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("tier", "denied"), [("seccomp", LANDLOCK), ("rlimits", LANDLOCK | SECCOMP), ("landlock+seccomp", {})])
 @pytest.mark.parametrize("accepted", [False, True])
 def test_where_files_cannot_be_walled_off_judging_waits_for_a_word(tmp_path, tier, denied, accepted):

@@ -200,6 +200,7 @@ ONE_BY_EIGHT, FOUR_BY_TWO, EIGHT_BY_ONE = 8 * T, 2 * T, T
 EQUAL_LENGTHS = ((4, 19), (18, 19), (5, 19), (17, 19), (6, 19), (4, 19), (12, 19), (10, 19))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name, mix", [*((name, 1.0) for name in methods.SEPARATE), ("verifiable", 0.3), ("rho1", 0.3)])
 def test_gradients_do_not_depend_on_the_split(name, mix, models):
     """Rows of equal length and very different numbers of targets, where a mean of means would be biased."""

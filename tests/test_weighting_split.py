@@ -84,7 +84,7 @@ def two_rows_each(step):
     return budget
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [*METHODS, *(pytest.param(name, marks=pytest.mark.slow) for name in SCOPED)])
 def test_micro_batches_give_the_gradient_of_the_whole(micro, data, name):
     assert_equal_gradients(gradient_of(micro.bundle, data, name, budget=None), gradient_of(micro.bundle, data, name), 1e-10)
 
