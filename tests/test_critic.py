@@ -12,10 +12,12 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from tests.test_advantage import double_sum
+from wmtp.anchor import AnchoredObjective
 from wmtp.batches import Batch, share
 from wmtp.bundle import ModelArgs, write_bundle
 from wmtp.critic import Critic, CriticError, ValueObjective, load_critic, pairs, save_critic
 from wmtp.model import Transformer
+from wmtp.preference import PairwiseObjective
 from wmtp.provenance import critic_sha256, read_card
 from wmtp.tokens import TokenData
 from wmtp.world import World
@@ -235,6 +237,49 @@ def test_an_untrained_critic_gives_every_prefix_one_half():
 )
 def test_value_logits_are_at_least_float32(given_dtype, dtype):
     assert logits_of(small_critic(given_dtype), whole_step()).dtype == dtype
+
+
+def test_value_logits_under_autocast_are_those_of_float32_arithmetic():
+    """What training in bfloat16 sees: hidden states are of rounded products, values are not rounded once more."""
+    critic, step = small_critic(torch.float32), whole_step()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        logit, ce = critic(step.tokens_BT, step.response_BT)
+        hidden = critic.trunk.hidden(step.tokens_BT)[0]
+    surprise = torch.cat([torch.zeros(len(SPANS), 1), ce[:, :-1].double().cumsum(1)], 1)
+    expected = hidden.double() @ critic.value.weight[0, :-1].double() + surprise * critic.value.weight[0, -1] + critic.value.bias
+    assert logit.dtype == ce.dtype == hidden.dtype == torch.float32
+    torch.testing.assert_close(logit.double(), expected.detach(), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "work",
+    [
+        *(ValueObjective(kind, 0.97, 0.9, 0.5) for kind in KINDS),
+        AnchoredObjective("bce", coef=0.1, value_clip=0.05),
+        PairwiseObjective(0.5),
+    ],
+    ids=[*KINDS, "anchored", "pairwise"],
+)
+def test_autocast_does_not_reach_the_loss(work):
+    """To the bit, gradients included: what the network gave is all that bfloat16 may touch."""
+    step = whole_step()
+    logit, ce = (torch.rand(2, len(SPANS), T, generator=torch.Generator().manual_seed(1)) * step.response_BT).requires_grad_().unbind()
+
+    class Given(nn.Module):
+        def forward(self, tokens_BT, response_BT, **_):
+            width = tokens_BT.shape[1]
+            return (logit[:, :width], ce[:, :width], *([logit.flip(0)] if isinstance(work, AnchoredObjective) else []))
+
+        def follow(self, decay):
+            pass
+
+    found = []
+    for mixed in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
+            total, sums = work.loss(Given(), work.prepare(step))
+        found.append([total, *torch.autograd.grad(total, (logit, ce)), *sums.values()])
+        assert total.dtype == torch.float32 and all(part.dtype == torch.float64 for part in sums.values())
+    assert all(torch.equal(one, other) for one, other in zip(*found))
 
 
 def test_values_of_a_half_precision_critic_keep_the_digits_that_differences_need():

@@ -196,6 +196,33 @@ def test_losses_of_a_half_precision_model_are_single_precision(name):
     assert float(total.detach()) == pytest.approx(math.fsum(weight[b, i] * loss for (b, i, _), loss in ce.items()), rel=1e-5)
 
 
+def test_under_autocast_losses_and_entropies_are_single_precision():
+    """Logits are products in bfloat16, their softmax is not."""
+    model, step = small_model(torch.float32), whole_step()
+    targets = align_future(step.tokens_BT.masked_fill(~step.response_BT, -100), F, -100)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        ce, entropy = model(step.tokens_BT, targets, with_entropy=True)
+        logits = model(step.tokens_BT)
+    assert ce.dtype == entropy.dtype == torch.float32 and logits.dtype == torch.bfloat16
+    log_p = torch.log_softmax(logits.double(), -1)[targets >= 0]
+    torch.testing.assert_close(ce[targets >= 0].double(), -log_p.gather(1, targets[targets >= 0][:, None])[:, 0], rtol=1e-5, atol=0)
+    torch.testing.assert_close(entropy[targets >= 0].double(), -(log_p.exp() * log_p).sum(-1), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("name", methods.SEPARATE)
+def test_autocast_does_not_reach_weights_and_loss(name):
+    """To the bit, gradients included: what the network gave is all that bfloat16 may touch."""
+    work = objective(name, mix=0.5, n_future=F, head_weights=[4.0, 2.0, 1.0, 1.0])
+    step, found = work.prepare(whole_step(name)), []
+    ce = torch.rand(len(SPANS), T, F, generator=torch.Generator().manual_seed(1), requires_grad=True)
+    for mixed in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
+            total, sums = work.loss(lambda *_, with_entropy=False, **__: (ce, ce.detach()) if with_entropy else ce, step)
+        found.append([total, *torch.autograd.grad(total, ce), *sums.values()])
+        assert total.dtype == torch.float32 and all(part.dtype == torch.float64 for part in sums.values())
+    assert all(torch.equal(one, other) for one, other in zip(*found))
+
+
 ONE_BY_EIGHT, FOUR_BY_TWO, EIGHT_BY_ONE = 8 * T, 2 * T, T
 EQUAL_LENGTHS = ((4, 19), (18, 19), (5, 19), (17, 19), (6, 19), (4, 19), (12, 19), (10, 19))
 

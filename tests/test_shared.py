@@ -29,6 +29,7 @@ from tests.test_policy import (
 from tests.test_train import ALONE, OPTIMIZER, Killed, killer, same_bits
 from tests.test_weighting import exact_projection
 from wmtp import shared, train
+from wmtp.align import future_targets
 from wmtp.batches import Batch, share
 from wmtp.critic import Critic, pairs
 from wmtp.model import load_bundle
@@ -191,6 +192,33 @@ def test_its_values_are_the_critics_on_the_same_trunk(model):
     batch = work.prepare(step)
     expected = work.value.regression(critic_BT, batch)[0].sum()
     assert float(work.loss(model, batch)[1]["value_loss"]) == pytest.approx(float(expected.detach()), rel=1e-12)
+
+
+def test_values_under_autocast_are_those_of_float32_arithmetic():
+    """Their differences are what a step's weights are made of."""
+    model, step = network(torch.float32), mixed_step()
+    targets = future_targets(step.tokens_BT, step.response_BT, F)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        ce, logit = model(step.tokens_BT, targets, with_values=True)
+        hidden = model.trunk.hidden(step.tokens_BT)[0]
+    surprise = torch.cat([torch.zeros(len(SPANS), 1), ce[:, :-1, 0].double().cumsum(1)], 1)
+    expected = hidden.double() @ model.value.weight[0, :-1].double() + surprise * model.value.weight[0, -1] + model.value.bias
+    assert logit.dtype == ce.dtype == torch.float32
+    torch.testing.assert_close(logit.double(), expected.detach(), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("on_incorrect", BOTH)
+@pytest.mark.parametrize("name", NAMES)
+def test_autocast_does_not_reach_weights_and_loss(name, on_incorrect):
+    work, random = objective(name, on_incorrect), torch.Generator().manual_seed(1)
+    step, found = work.prepare(mixed_step()), []
+    ce, logit = (torch.rand(*shape, generator=random, requires_grad=True) for shape in ((len(SPANS), T, F), (len(SPANS), T)))
+    for mixed in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
+            total, sums = work.loss(lambda *_, **__: (ce, logit), step)
+        found.append([total, *torch.autograd.grad(total, (ce, logit)), *sums.values()])
+        assert total.dtype == torch.float32 and all(part.dtype == torch.float64 for part in sums.values())
+    assert all(torch.equal(one, other) for one, other in zip(*found))
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -60,10 +60,14 @@ class Critic(nn.Module):
         return functional.pad(self.value_logits(hidden_BTD, ce_BT), (first, 0)), functional.pad(ce_BT, (first, 0))
 
     def value_logits(self, hidden_BTD: Tensor, ce_BT: Tensor) -> Tensor:
-        """Value logits [B, T] from the normed output of head 0 and its next-token loss of the response, both by position."""
+        """Value logits [B, T] from the normed output of head 0 and its next-token loss of the response, both by position.
+
+        Never by autocast: weights are made of differences between neighbouring values, which bfloat16 rounds to 0.
+        """
         surprise_BT1 = functional.pad(ce_BT.detach()[:, :-1], (1, 0)).cumsum(1).unsqueeze(-1)
         read = torch.cat([hidden_BTD.to(ce_BT.dtype), surprise_BT1], -1)
-        return functional.linear(read, self.value.weight.to(read.dtype), self.value.bias.to(read.dtype)).squeeze(-1)
+        with torch.autocast(read.device.type, enabled=False):
+            return functional.linear(read, self.value.weight.to(read.dtype), self.value.bias.to(read.dtype)).squeeze(-1)
 
 
 def load_critic(path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> Critic:
