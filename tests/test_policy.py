@@ -656,6 +656,19 @@ def test_what_the_weighting_notes_is_logged_whatever_the_split(models):
     assert "weight_beta" not in objective("baseline").summary(prepared(models[F], objective("baseline"), step)[2])
 
 
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_with_bounds_logs_the_shares_of_weights_on_them_and_no_other(name, models):
+    work, step, n_targets = objective(name, n_future=F), whole_step(name), sum(last - first + 1 for first, last in SPANS)
+    if METHODS[name].needs_forward:
+        step = replace(step, signal_BT=torch.rand(len(SPANS), T, generator=torch.Generator().manual_seed(0)))
+    figures = work.summary(prepared(models[F], work, step)[2])
+    shares = [figures.get(f"weight_at_clip_{end}") for end in ("min", "max")]
+    if "weight_clip_min" not in methods.block(name):
+        assert shares == [None, None]
+    else:
+        assert all(0 <= share <= 1 and share * n_targets == pytest.approx(round(share * n_targets), abs=1e-4) for share in shares)
+
+
 # --- from params to an objective ---------------------------------------------------------------------------------------------------
 
 

@@ -93,13 +93,13 @@ def value_logits(model, step, ce):
     return found
 
 
-def row_weights(v, first, last):
-    """exp weights of one row from its values by state, gamma 1, lam 0.95, beta 0.9, within [0.1, 5]."""
+def row_weights(v, first, last, low=0.1, high=5.0):
+    """exp weights of one row from its values by state, gamma 1, lam 0.95, beta 0.9, within [low, high]."""
     A = [math.fsum(0.95 ** (j - i) * (v[j] - v[j - 1]) for j in range(i, last)) for i in range(first, last + 1)]
     mean = math.fsum(A) / len(A)
     sigma = max(0.01, math.sqrt(math.fsum((a - mean) ** 2 for a in A) / len(A)))
     u = [math.exp(min(5.0, max(-5.0, (a - mean) / sigma)) / 0.9) for a in A]
-    return exact_projection(u, 0.1, 5.0)
+    return exact_projection(u, low, high)
 
 
 def by_loops(model, name, on_incorrect, step):
@@ -157,6 +157,24 @@ def test_the_log_is_of_the_targets_that_train_the_policy(name, model):
     assert figures["value_loss"] > 0 and figures["value_brier"] > 0 and json.dumps(figures, allow_nan=False)
     both = objective(name, "weighted")
     assert 0.2 < both.summary(run(model, both, step, 40)[2])["weight_on_incorrect"] < 0.8
+
+
+@pytest.mark.parametrize("on_incorrect", BOTH)
+@pytest.mark.parametrize("changes", [{}, {"mix": 0.5, "head_weights": [4.0, 2.0, 1.0, 1.0]}], ids=["plain", "mixed and by head"])
+def test_the_log_has_the_shares_of_weights_on_their_bounds(on_incorrect, changes, model):
+    """Of the weighting's own weights, whatever is made of them then, in any split."""
+    step, clip = mixed_step(), (0.8, 1.2)
+    work = objective("verifiable_shared", on_incorrect, weight_clip_min=clip[0], weight_clip_max=clip[1], **changes)
+    ce, found = cross_entropy(model.trunk, step), []
+    logit = value_logits(model, step, ce)
+    for b, (first, last) in enumerate(spans_of(step)):
+        if b % 2 == 0 or on_incorrect == "weighted":
+            found += row_weights({i: float(torch.sigmoid(logit[b, i].detach())) for i in range(first - 1, last)}, first, last, *clip)
+    low, high = (sum(abs(w - bound) < 1e-6 for w in found) / len(found) for bound in clip)
+    assert low > 0.1 and high > 0.1
+    for budget in (10**9, 40):
+        figures = work.summary(run(model, work, step, budget)[2])
+        assert (figures["weight_at_clip_min"], figures["weight_at_clip_max"]) == pytest.approx((low, high), rel=1e-12)
 
 
 def test_incorrect_rows_train_the_value_alone_and_it_reaches_the_trunk(model):
