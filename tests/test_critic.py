@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from tests.test_advantage import double_sum
+from tests.test_policy import Waits
 from wmtp.anchor import AnchoredObjective
 from wmtp.batches import Batch, share
 from wmtp.bundle import ModelArgs, write_bundle
@@ -251,35 +252,59 @@ def test_value_logits_under_autocast_are_those_of_float32_arithmetic():
     torch.testing.assert_close(logit.double(), expected.detach(), rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    "work",
-    [
-        *(ValueObjective(kind, 0.97, 0.9, 0.5) for kind in KINDS),
-        AnchoredObjective("bce", coef=0.1, value_clip=0.05),
-        PairwiseObjective(0.5),
-    ],
-    ids=[*KINDS, "anchored", "pairwise"],
-)
-def test_autocast_does_not_reach_the_loss(work):
+OBJECTIVES = {
+    **{kind: ValueObjective(kind, 0.97, 0.9, 0.5) for kind in KINDS},
+    "anchored": AnchoredObjective("bce", coef=0.1, value_clip=0.05),
+    "pairwise": PairwiseObjective(0.5),
+}
+
+
+class Given(nn.Module):
+    """A network's outputs, whatever it reads, so that nothing but the objective computes."""
+
+    def __init__(self, *outputs_BT):
+        super().__init__()
+        self.outputs_BT = outputs_BT
+
+    def forward(self, tokens_BT, response_BT, **_):
+        return tuple(one[:, : tokens_BT.shape[1]] for one in self.outputs_BT)
+
+    def follow(self, decay):
+        pass
+
+
+def outputs(name, step):
+    """Value logits and next-token losses, and an anchored critic's average."""
+    random, n = torch.Generator().manual_seed(1), 3 if name == "anchored" else 2
+    return [(torch.rand(len(SPANS), T, generator=random) * step.response_BT).requires_grad_() for _ in range(n)]
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_autocast_does_not_reach_the_loss(name):
     """To the bit, gradients included: what the network gave is all that bfloat16 may touch."""
-    step = whole_step()
-    logit, ce = (torch.rand(2, len(SPANS), T, generator=torch.Generator().manual_seed(1)) * step.response_BT).requires_grad_().unbind()
-
-    class Given(nn.Module):
-        def forward(self, tokens_BT, response_BT, **_):
-            width = tokens_BT.shape[1]
-            return (logit[:, :width], ce[:, :width], *([logit.flip(0)] if isinstance(work, AnchoredObjective) else []))
-
-        def follow(self, decay):
-            pass
-
-    found = []
+    work, step, found = OBJECTIVES[name], whole_step(), []
+    given = outputs(name, step)
     for mixed in (False, True):
         with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
-            total, sums = work.loss(Given(), work.prepare(step))
-        found.append([total, *torch.autograd.grad(total, (logit, ce)), *sums.values()])
+            total, sums = work.loss(Given(*given), work.prepare(step))
+        found.append([total, *torch.autograd.grad(total, given[:2]), *sums.values()])
         assert total.dtype == torch.float32 and all(part.dtype == torch.float64 for part in sums.values())
     assert all(torch.equal(one, other) for one, other in zip(*found))
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_from_the_networks_outputs_to_the_steps_sums_nothing_waits_for_the_device(name):
+    work, step = OBJECTIVES[name], whole_step()
+    ready, given = work.prepare(step), outputs(name, step)
+    with Waits() as waits:
+        work.loss(Given(*given), ready)[0].backward()
+    assert not waits.found
+
+
+@pytest.mark.parametrize("name", [*KINDS, "anchored"])
+def test_a_response_without_a_state_before_it_is_refused_before_the_forward(name):
+    with pytest.raises(ValueError, match="response starts at position 0"):
+        OBJECTIVES[name].prepare(whole_step(((0, 9), *SPANS[1:])))
 
 
 def test_values_of_a_half_precision_critic_keep_the_digits_that_differences_need():

@@ -13,6 +13,7 @@ from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests import methods
+from wmtp import shared
 from wmtp.align import align_future
 from wmtp.batches import Batch, share
 from wmtp.bundle import ModelArgs
@@ -598,13 +599,20 @@ class Waits(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("head_weights", [None, [4.0, 2.0, 1.0, 1.0]])
-@pytest.mark.parametrize("name", methods.SEPARATE)
+@pytest.mark.parametrize("name", METHODS)
 def test_from_the_models_losses_to_the_steps_sums_nothing_waits_for_the_device(name, head_weights):
-    work = objective(name, mix=0.5, n_future=F, head_weights=head_weights)
+    changes = {"mix": 0.5, "head_weights": head_weights}
+    settings = TypeAdapter(AnyMethod).validate_python(methods.block(name, F, **changes))
+    work = shared.objective(settings, objective(name, n_future=F, **changes))
     step = work.prepare(whole_step(name))
     ce = torch.rand(len(SPANS), T, F, dtype=torch.float64, requires_grad=True)
+    logit = torch.rand(len(SPANS), T, dtype=torch.float64, requires_grad=True)
+
+    def given(*_, with_entropy=False, with_values=False, **__):
+        return (ce, logit) if with_values else (ce, ce.detach()) if with_entropy else ce
+
     with Waits() as waits:
-        total, _ = work.loss(lambda *_, with_entropy=False, **__: (ce, ce.detach()) if with_entropy else ce, step)
+        total, _ = work.loss(given, step)
         total.backward()
     assert not waits.found
     with waits:

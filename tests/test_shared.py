@@ -225,6 +225,12 @@ def test_values_under_autocast_are_those_of_float32_arithmetic():
     torch.testing.assert_close(logit.double(), expected.detach(), rtol=0, atol=1e-5)
 
 
+def test_an_incorrect_response_without_a_state_before_it_is_refused_before_the_forward():
+    """Though it does not train the policy."""
+    with pytest.raises(ValueError, match="response starts at position 0"):
+        objective(NAMES[0]).prepare(mixed_step(spans=(SPANS[0], (0, 9), *SPANS[2:])))
+
+
 @pytest.mark.parametrize("on_incorrect", BOTH)
 @pytest.mark.parametrize("name", NAMES)
 def test_autocast_does_not_reach_weights_and_loss(name, on_incorrect):

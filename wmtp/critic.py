@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional
 
-from wmtp.advantage import gae
+from wmtp.advantage import check_starts, gae
 from wmtp.align import future_targets
 from wmtp.batches import Batch
 from wmtp.bundle import atomic_directory, bundle_sha256, write_bundle
@@ -172,6 +172,7 @@ class ValueObjective:
             )
 
     def prepare(self, step: Batch) -> Batch:
+        check_starts(step.response_BT)
         return step
 
     def count(self, step: Batch) -> float:
