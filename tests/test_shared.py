@@ -28,7 +28,7 @@ from tests.test_policy import (
 )
 from tests.test_train import ALONE, OPTIMIZER, Killed, killer, same_bits
 from tests.test_weighting import exact_projection
-from wmtp import shared, train
+from wmtp import flops, shared, train
 from wmtp.align import future_targets
 from wmtp.batches import Batch, share
 from wmtp.critic import Critic, pairs
@@ -300,6 +300,17 @@ def test_killed_and_resumed_equals_uninterrupted_value_head_included(micro, data
     first = []
     assert json.dumps(go()) == json.dumps(records) and first[0] == 3
     assert same_bits(again, whole)
+
+
+@pytest.mark.parametrize("on_incorrect", BOTH)
+def test_the_account_counts_the_targets_that_a_row_has(micro, data, on_incorrect):
+    """An incorrect row that trains the value alone has those of head 0."""
+    plan = train.Plan(data, pairs(data)[:8], 2, 1.0, 0.01, 3)
+    model, rows = shared.network(settings_of(NAMES[0]), load_bundle(micro.bundle)), plan.rows_read()
+    extents = data.lengths[rows], data.response_start[rows]
+    found = train.account(model, objective("verifiable_shared", on_incorrect, n_future=3), plan, {"loss": 2.0, "ce": 3.0})["train_flops"]
+    assert found == flops.training(model, *extents, data.is_correct[rows] if on_incorrect == "value_only" else None)
+    assert (found < flops.training(model, *extents)) == (on_incorrect == "value_only")
 
 
 @pytest.mark.slow
