@@ -31,9 +31,10 @@ def table(figures: Figures, differences: Sequence[Mapping[str, Any]], critic: Ma
         paragraph(f"In percent, ± one standard error over {problems}. CE: cross-entropy of head 0 on held-out programs, nats per token."),
         grid(*_costs(figures)),
         paragraph(
-            "FLOPs: the policy's own training; in total with the training of its critic or reference and the forward of that over the"
-            " policies' data, counted whole for every method that reads it. The warm-up, which all share, is not counted. Wall clock: in"
-            " MLflow and the logs."
+            "FLOPs: 2 a weight and position forward, 4 backward, at the positions that are computed: heads compute no prompt, the"
+            " vocabulary is computed at targets alone; attention between positions and padding are left out. First the policy's own"
+            " training; in total with the training of its critic or reference and the forward of that over the policies' data, counted"
+            " whole for every method that reads it. The warm-up, which all share, is not counted. Wall clock: in MLflow and the logs."
         ),
         f"## Differences from {differences[0]['against']}, and between the other methods",
         grid(*_differences(differences)),

@@ -26,7 +26,10 @@ def page(
     blocks = [
         "## Arms",
         grid(*_arms(arms, benchmarks)),
-        paragraph(f"{_budgets(arms)}. FLOPs: the policy's own training; in total with its critic or reference."),
+        paragraph(
+            f"{_budgets(arms)}. FLOPs of the positions that are computed, without attention between them and padding: the policy's own"
+            " training; in total with its critic or reference."
+        ),
         paragraph(
             f"pass@1 in percent, mean of {n_seeds} training seeds ± their standard deviation; {counts}. CE: head 0, held-out programs."
         ),
