@@ -10,6 +10,8 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
 
+from wmtp.blocks import reads_pairs
+
 Positive = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 KeepFraction = Annotated[float, Field(gt=0, le=1, description="share of a sequence's tokens that train")]
@@ -458,16 +460,6 @@ AnyMethod = Annotated[
     | AnyExcess,
     Field(discriminator="weighting"),
 ]
-
-
-def reads_pairs(block: Method) -> bool:
-    """Whether a method reads pairs of a correct and an incorrect program (wmtp.critic.pairs), or correct programs alone."""
-    return isinstance(block, SharedMethod) or getattr(block, "policy_on_incorrect", "value_only") != "value_only"
-
-
-def reads_beta(block: Method) -> bool:
-    """Whether a method's block takes training.beta: its weights are exponential, and it sets no beta of its own."""
-    return getattr(block, "beta", 0.0) is None
 
 
 class Evaluation(Section):
