@@ -10,8 +10,8 @@ from typing import Any
 
 from stages import run
 from wmtp import study, study_report
+from wmtp.arms import controls
 from wmtp.compare import write_rows
-from wmtp.params import controls
 from wmtp.progress import say
 from wmtp.records import write_text
 

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from stages import run
+from wmtp.blocks import reads_beta
 from wmtp.bundle import bundle_sha256
-from wmtp.params import reads_beta
 from wmtp.records import sha256_file, write_text
 from wmtp.weighting import method_of
 

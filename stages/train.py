@@ -12,10 +12,10 @@ import torch
 
 from stages import run
 from wmtp import critic, shared, train
+from wmtp.blocks import reads_pairs
 from wmtp.bundle import bundle_sha256
 from wmtp.checkpoint import save_model
 from wmtp.model import load_bundle
-from wmtp.params import reads_pairs
 from wmtp.policy import policy_objective, policy_signal
 from wmtp.records import sha256_file, write_text
 from wmtp.tokens import TokenData, check_same_tokenizer

@@ -1,16 +1,19 @@
 """What a cell of the study depends on: its arm's description holds what the arm reads, and nothing else."""
 
+import inspect
 import json
+import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import yaml
 
-from stages import describe_arms
+from stages import describe_arms, describe_code
 from stages import train as stage
 from tests import methods
 from tests.test_train import signal_of
-from wmtp import params
+from wmtp import dependencies, params, policy
 from wmtp.dependencies import ROOT
 from wmtp.scores import write_scores
 from wmtp.view import View, declared_keys
@@ -46,6 +49,22 @@ def described(micro, scores, name, **training):
     out = scores.parent / name
     describe_arms.work(view("arms", **training), QUIET, str(scores), str(out), str(micro.bundle))
     return out, {arm: (out / f"{arm}.json").read_text() for arm in BLOCKS}
+
+
+@pytest.mark.parametrize("decides", [stage.reads_pairs, policy.reads_beta])
+def test_what_decides_the_rows_and_the_beta_of_a_training_is_part_of_its_code(tmp_path, monkeypatch, decides):
+    """An edit of its room is another code of the study's cells, and a changed dependency of train in dvc.yaml."""
+    room = Path(inspect.getsourcefile(decides)).relative_to(ROOT)
+    assert str(room) in yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]["train"]["do"]["deps"]
+    for folder in ("stages", "wmtp"):
+        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    for module in (dependencies, describe_code):
+        monkeypatch.setattr(module, "ROOT", tmp_path)
+    describe_code.work(None, QUIET, str(tmp_path / "before"), "train")
+    (tmp_path / room).write_text((tmp_path / room).read_text() + "# edited\n")
+    describe_code.work(None, QUIET, str(tmp_path / "after"), "train")
+    before, after = (json.loads((tmp_path / name / "train.json").read_text()) for name in ("before", "after"))
+    assert {name for name in after if before[name] != after[name]} == {str(room)}
 
 
 def test_only_the_arms_that_read_a_key_change_with_it(micro, scores):

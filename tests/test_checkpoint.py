@@ -1,6 +1,7 @@
 import json
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 from typing import get_args
@@ -10,6 +11,7 @@ import torch
 
 from tests.conftest import ROOT
 from tests.test_model import GROUPED, random_model, random_targets, random_tokens
+from wmtp import checkpoint
 from wmtp.bundle import bundle_sha256, read_metadata, verify
 from wmtp.checkpoint import ScratchBusy, fingerprint, restore, save, save_model, scratch
 from wmtp.model import load_bundle
@@ -118,6 +120,18 @@ def test_fingerprints_name_all_that_shapes_a_run():
     others = [fingerprint(declared, inputs, 2) for declared in ({"a": 2, "b": [1, 2]}, {"a": 1}, {"a": 1, "b": [2, 1]})]
     others += [fingerprint({"a": 1, "b": [1, 2]}, inputs | {"data": "z"}, 2), fingerprint({"a": 1, "b": [1, 2]}, inputs, 4)]
     assert len({base, *others}) == 6
+
+
+@pytest.mark.parametrize("edited", ["stages/train.py", "wmtp/train.py", "wmtp/weighting/uniform.py"])
+def test_an_edited_program_has_another_fingerprint(tmp_path, monkeypatch, edited):
+    for folder in ("stages", "wmtp"):
+        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    before = fingerprint({}, {}, 1)
+    monkeypatch.setattr(checkpoint, "ROOT", tmp_path)
+    assert fingerprint({}, {}, 1) == before
+    with open(tmp_path / edited, "a") as file:
+        file.write("# another program\n")
+    assert fingerprint({}, {}, 1) != before
 
 
 @pytest.fixture

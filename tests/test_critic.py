@@ -388,6 +388,14 @@ def test_a_critic_says_what_its_values_are_and_which_problems_it_saw(saved):
     assert load_critic(path).unit == "logit" and critic_sha256(path) != before
 
 
+def test_the_identity_of_a_critic_follows_its_gate(saved):
+    """Scores repeat the verdict of the gate, so those of before another verdict on the same weights are stale."""
+    _, path = saved
+    before = critic_sha256(path)
+    (path / "gate.json").write_text('{"passed": false}\n')
+    assert critic_sha256(path) != before
+
+
 @pytest.mark.parametrize(
     "damage, message", [(None, "no readable description"), ("{", "no readable"), ('{"unit": "logit"}', "lacks groups")]
 )

@@ -18,9 +18,10 @@ from wmtp.weighting import METHODS, method_of
 
 # Rooms by wing, a list a floor, lowest first. An import goes to a strictly lower floor, and never from one wing into the other.
 BOTH = [
-    "records params progress gate dependencies",
-    "protocols overlay launch runstore splits view",
-    "benchmarks tracking",
+    "records blocks progress gate dependencies",
+    "arms",
+    "params protocols overlay launch runstore splits",
+    "view benchmarks tracking",
 ]
 TRAINING = [
     "align advantage bundle world optim noise pickled flops",

@@ -16,9 +16,10 @@ from tests import methods
 from wmtp import shared
 from wmtp.align import align_future
 from wmtp.batches import Batch, share
+from wmtp.blocks import reads_beta
 from wmtp.bundle import ModelArgs
 from wmtp.model import Transformer
-from wmtp.params import AnyMethod, UniformMethod, reads_beta
+from wmtp.params import AnyMethod, UniformMethod
 from wmtp.policy import (
     PolicyObjective,
     WeightError,

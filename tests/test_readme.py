@@ -3,6 +3,7 @@
 import re
 import subprocess
 
+from wmtp.confine import WEAK_TIERS
 from wmtp.dependencies import ROOT
 
 README = (ROOT / "README.md").read_text()
@@ -15,6 +16,11 @@ def committed(name: str) -> str:
 
 def test_the_table_is_that_of_the_committed_run():
     assert committed("metrics/report/table.md").split("\n\n")[1] in README
+
+
+def test_the_tiers_in_which_judging_is_refused_are_named():
+    said = next(line for line in README.splitlines() if "accept_weak_sandbox" in line)
+    assert all(f"`{tier}`" in said for tier in WEAK_TIERS)
 
 
 def test_links_lead_somewhere():

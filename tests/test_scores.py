@@ -380,6 +380,16 @@ def test_the_stage_refuses_rows_of_problems_that_the_critic_saw(micro, data, tmp
     assert not (tmp_path / "s").exists()
 
 
+def test_scores_of_a_critic_whose_gate_was_judged_anew_are_stale(micro, data, tmp_path):
+    critic, path, nothing = a_critic(micro.bundle), tmp_path / "critic", {"task_ids": [], "groups": []}
+    save_critic(critic, micro.bundle, path, {"passed": True}, nothing, ALONE)
+    write_scores(tmp_path / "s", numbers(data), data, critic_sha256(path), model=path, unit="probability", gate_passed=True)
+    assert Scores(tmp_path / "s", data).gate_passed
+    save_critic(critic, micro.bundle, path, {"passed": False}, nothing, ALONE)
+    with pytest.raises(ScoreError, match="stale scores; run dvc repro"):
+        Scores(tmp_path / "s", data)
+
+
 @pytest.mark.slow
 def test_the_training_stage_refuses_scores_of_an_older_critic(micro, data, tmp_path, monkeypatch):
     from stages import score_critic, train

@@ -31,9 +31,10 @@ from tests.test_weighting import exact_projection
 from wmtp import flops, shared, train
 from wmtp.align import future_targets
 from wmtp.batches import Batch, share
+from wmtp.blocks import reads_pairs
 from wmtp.critic import Critic, pairs
 from wmtp.model import load_bundle
-from wmtp.params import AnyMethod, reads_pairs
+from wmtp.params import AnyMethod
 from wmtp.policy import check_faults
 
 NAMES = ("verifiable_shared", "uniform_shared")

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from sentencepiece import SentencePieceProcessor, sentencepiece_model_pb2
 
 from wmtp.bundle import BundleError, ModelArgs, bundle_sha256, read_args, read_metadata, read_tensors, tensor_shapes, verify, write_bundle
+from wmtp.provenance import learned_from, training_flops
 from wmtp.slicing import SPACE, build_micro, cut_tokenizer, grow_heads, sliced, spread
 from wmtp.sources import train_tokenizer
 
@@ -96,7 +97,17 @@ def test_settings_of_a_slice(large, tmp_path):
     assert (small.n_trunk, small.n_future_tokens, small.hidden_dim) == (3, 3, 44)
     metadata = read_metadata(tmp_path / "micro")
     assert metadata["dtype"] == "float16" and metadata["source"] == "slice of test"
-    assert metadata["extra"] == {"sliced_from": bundle_sha256(large), "layers": [0, 2, 4]}
+    assert metadata["extra"] == {"a": 1, "sliced_from": bundle_sha256(large), "layers": [0, 2, 4]}
+
+
+def test_a_slice_of_a_trained_model_says_what_that_learned_from(large, tensors, tokenizer, tmp_path):
+    """Else its scores of those very problems would pass for out of fold; what the training cost is no longer the slice's own."""
+    learned = {"task_ids": ["3_a"], "groups": ["3"]}
+    extra = {"learned_from": learned, "flops": 7, "sliced_from": "x", "layers": [9]}
+    write_bundle(tmp_path / "trained", LARGE, tensors, tokenizer, source="test", dropped=[], extra=extra)
+    build_micro(tmp_path / "trained", tmp_path / "micro", **SIZES)
+    assert learned_from(tmp_path / "micro") == learned and training_flops(tmp_path / "micro") == 0
+    assert read_metadata(tmp_path / "micro")["extra"]["sliced_from"] == bundle_sha256(tmp_path / "trained")
 
 
 def test_head_zero_and_the_extra_heads_stay(large, tensors, tmp_path):

@@ -10,10 +10,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests import methods
 from tests.test_advantage import SPANS, Calls, T, by_definition, mask, rewards, values_of
 from tests.test_align import earlier, later
+from wmtp import weighting
 from wmtp.advantage import policy_advantage
-from wmtp.weighting import METHODS, Method, concentration, project_mean_one
+from wmtp.weighting import METHODS, Method, concentration, keywords, project_mean_one
 from wmtp.weighting.advantage import standardise, token_weights
 from wmtp.weighting.excess import head_weights, select_top
 from wmtp.weighting.uniform import token_weights as uniform_weights
@@ -503,3 +505,9 @@ def test_the_table_names_functions_that_exist_and_signals_that_are_cached():
     assert all(callable(method.function()) for method in METHODS.values())
     assert METHODS["verifiable"].function() is token_weights and METHODS["rho1"].function() is head_weights
     assert METHODS["baseline"].function() is uniform_weights
+
+
+def test_the_page_names_what_a_weighting_may_ask_for_beside_its_block():
+    asked = {word for name, method in METHODS.items() for word in keywords(method.function()) - set(methods.block(name))}
+    assert asked >= {"seed", "notes", "fitted", "lag"}
+    assert not [word for word in asked if f"`{word}`" not in weighting.__doc__]

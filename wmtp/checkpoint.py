@@ -19,6 +19,7 @@ from torch import nn
 
 from wmtp import pickled
 from wmtp.bundle import bundle_sha256, tensor_shapes, write_bundle
+from wmtp.dependencies import ROOT
 from wmtp.records import atomic_path
 from wmtp.world import World
 
@@ -28,8 +29,8 @@ class ScratchBusy(OSError):
 
 
 def fingerprint(declared: dict[str, Any], inputs: dict[str, str], world_size: int) -> str:
-    """Of parameters, inputs, world size and this package's code: an edited program must not go on with another one's state."""
-    sources = sorted(Path(__file__).parent.rglob("*.py"))
+    """Of parameters, inputs, world size and the project's code: an edited program must not go on with another one's state."""
+    sources = sorted(path for folder in ("stages", "wmtp") for path in (ROOT / folder).rglob("*.py"))
     code = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()
     shaped_by = {"params": declared, "inputs": inputs, "world": world_size, "torch": torch.__version__, "code": code}
     text = json.dumps(shaped_by, sort_keys=True)

@@ -4,12 +4,14 @@ Every stage validates the whole file before it computes; wmtp.view then shows it
 """
 
 import re
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
+
+from wmtp.arms import controls
+from wmtp.blocks import reads_pairs
 
 Positive = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -459,50 +461,6 @@ AnyMethod = Annotated[
     | AnyExcess,
     Field(discriminator="weighting"),
 ]
-
-
-def reads_pairs(block: Method) -> bool:
-    """Whether a method reads pairs of a correct and an incorrect program (wmtp.critic.pairs), or correct programs alone."""
-    return isinstance(block, SharedMethod) or getattr(block, "policy_on_incorrect", "value_only") != "value_only"
-
-
-def controls(arms: Mapping[str, Method]) -> dict[str, str | None]:
-    """The arm of a study that each of `arms`, blocks by name, is compared with; None for those arms themselves.
-
-    Arms are compared where they read the same rows: those that read correct programs with the baseline, those that read pairs with the
-    arm of uniform weights on these pairs, for a shared critic one that has its value loss too. ValueError where an arm has no such arm.
-    """
-    found = {name: _kind(block) for name, block in arms.items()}
-    base = {_kind(block): name for name, block in reversed(arms.items()) if _uniform(name, block)}
-    if alone := [name for name, kind in found.items() if kind not in base]:
-        raise ValueError(
-            f"study.arms: {alone[0]} reads {found[alone[0]]}, and no arm beside it does so with uniform weights; expected"
-            f" {CONTROLS[found[alone[0]]]}; add it to study.arms"
-        )
-    return {name: None if name == base[kind] else base[kind] for name, kind in found.items()}
-
-
-CORRECT, PAIRS, SHARED_PAIRS = "correct programs", "pairs", "pairs with a shared critic"
-CONTROLS = {
-    CORRECT: "baseline",
-    PAIRS: "a block with weighting constant_critic and policy_on_incorrect weighted",
-    SHARED_PAIRS: "a block with weighting uniform and critic shared, as uniform_shared",
-}
-
-
-def _kind(block: Method) -> str:
-    return CORRECT if not reads_pairs(block) else SHARED_PAIRS if isinstance(block, SharedMethod) else PAIRS
-
-
-def _uniform(name: str, block: Method) -> bool:
-    if _kind(block) == PAIRS:
-        return block.weighting == "constant_critic" and getattr(block, "policy_on_incorrect", None) == "weighted"
-    return name == "baseline" if _kind(block) == CORRECT else block.weighting == "uniform"
-
-
-def reads_beta(block: Method) -> bool:
-    """Whether a method's block takes training.beta: its weights are exponential, and it sets no beta of its own."""
-    return getattr(block, "beta", 0.0) is None
 
 
 class Evaluation(Section):

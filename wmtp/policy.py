@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from wmtp.align import IGNORE, align_future, future_targets, last_BT
 from wmtp.batches import Batch
-from wmtp.params import reads_beta
+from wmtp.blocks import reads_beta
 from wmtp.scores import Scores
 from wmtp.tokens import TokenData
 from wmtp.weighting import Method, array_names, keywords, method_of

@@ -13,6 +13,7 @@ from typing import Any
 from wmtp.bundle import bundle_sha256, read_metadata
 
 CARD = "critic.json"
+GATE = "gate.json"
 
 
 class CriticError(ValueError):
@@ -32,8 +33,8 @@ def read_card(path: str | Path) -> dict[str, Any]:
 
 
 def critic_sha256(path: str | Path) -> str:
-    """Identity of a trained critic: its trunk, its head, and what its card says of them."""
-    parts = [hashlib.sha256((Path(path) / name).read_bytes()).hexdigest() for name in ("value_head.safetensors", CARD)]
+    """Identity of a trained critic: its trunk, its head, what its card says of them, and whether it passed its gate."""
+    parts = [hashlib.sha256((Path(path) / name).read_bytes()).hexdigest() for name in ("value_head.safetensors", CARD, GATE)]
     return hashlib.sha256("".join([bundle_sha256(Path(path) / "trunk"), *parts]).encode()).hexdigest()
 
 

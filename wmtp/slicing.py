@@ -59,7 +59,9 @@ def build_micro(
         raise BundleError(f"{out}: {n_bytes / 1e6:.1f} MB, more than the {max_megabytes} MB allowed; make it smaller or raise the limit")
     stream = finite(bundle, sliced(dict(read_tensors(bundle)), args, small, blocks, rows))
     source = f"slice of {metadata['source']}"
-    extra = {"sliced_from": bundle_sha256(bundle), "layers": blocks}
+    # What the bundle learned from stays known of its slice; the cost of that training is not the slice's.
+    inherited = {key: value for key, value in metadata["extra"].items() if key != "flops"}
+    extra = inherited | {"sliced_from": bundle_sha256(bundle), "layers": blocks}
     write_bundle(out, small, stream, tokenizer, source=source, dropped=metadata["dropped"], extra=extra)
 
 

@@ -64,7 +64,7 @@ class Contrast:
 
 
 Controls = Mapping[str, str | None]
-"""The arm that each is compared with, None for these themselves (wmtp.params.controls)."""
+"""The arm that each is compared with, None for these themselves (wmtp.arms.controls)."""
 
 
 def read_arms(controls: Controls, seeds: Sequence[int], metrics: Path, verdicts: Path) -> dict[str, list[Result]]:

@@ -4,7 +4,8 @@ A file has `token_weights(...) -> [B, T]` when the weights of a whole optimizer 
 `head_weights(...) -> [B, T, F]` when they need the forward. The names of its positional parameters choose arrays of the step
 (signal_BT, response_BT, row_B, span_B2, is_correct_B; with the forward also ce_BTF and entropy_BTF). Its keyword parameters are the
 settings of the method's block, and what it asks for by name: `seed` of the training section, `notes` (a dict that takes numbers for the
-log), and `fitted`, what the file's own `fit(steps, **settings)` found in one pass over the split before the training.
+log), and `fitted`, what the file's own `fit(steps, **settings)` found in one pass over the split before the training. One with a `scope`
+takes `lag` too: None, or the statistics of an earlier step by which it judges this one (wmtp.weighting.lag).
 """
 
 from typing import Any
