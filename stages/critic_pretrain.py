@@ -46,7 +46,8 @@ def work(params: Any, track: Any, start: str, processed: str, out: str, log: str
                 write_text(report, json.dumps(figures, indent=2) + "\n")
                 for reason in gate.failures(figures, settings.gate.min_delta_std):
                     say(f"critic: the quality gate FAILED: {reason}")
-            spent = flops.training(model, int(data.lengths[plan.rows_read()].sum()))
+            read = plan.rows_read()
+            spent = flops.training(model, data.lengths[read], data.response_start[read])
             critic.save_critic(model, Path(start), Path(out), figures, trained_on, world, spent)
     return {key: float(value) for key, value in figures.items() if value is not None}
 

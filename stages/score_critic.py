@@ -22,7 +22,7 @@ def work(params: Any, track: Any, model: str, processed: str, out: str) -> None:
         check_out_of_fold(learned_from(model), data, model)
         critic = load_critic(model, device=world.device, dtype=getattr(torch, params.run.dtype)).eval()
         passed, score = json.loads((Path(model) / "gate.json").read_text())["passed"], scoring.critic_value(critic)
-        spent = {"training_flops": training_flops(model), "scoring_flops": flops.forward(critic, int(data.lengths.sum()))}
+        spent = {"training_flops": training_flops(model), "scoring_flops": flops.forward(critic, data.lengths, data.response_start)}
         origin = {"model": Path(model), "gate_passed": passed, "unit": critic.unit, **spent}
         scoring.score_split(score, data, critic_sha256(model), Path(out), world, params.optimizer.micro_batch_tokens, **origin)
 

@@ -25,7 +25,7 @@ def work(params: Any, track: Any, model: str, processed: str, out: str) -> None:
         check_out_of_fold(known, data, model, "reference")
         reference = load_bundle(model, n_future=1, dtype=getattr(torch, params.run.dtype), device=world.device)
         score = scoring.reference_loss(reference)
-        spent = {"training_flops": training_flops(model), "scoring_flops": flops.forward(reference, int(data.lengths.sum()))}
+        spent = {"training_flops": training_flops(model), "scoring_flops": flops.forward(reference, data.lengths, data.response_start)}
         budget = params.optimizer.micro_batch_tokens
         scoring.score_split(score, data, bundle_sha256(model), Path(out), world, budget, model=Path(model), **spent)
 

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from wmtp.advantage import gae, policy_advantage, value_drops
+from wmtp.advantage import check_starts, gae, policy_advantage, value_drops
 
 # P and L of each row in 13 positions: the shortest prompt, the shortest response, no padding, much padding.
 SPANS = ((1, 12), (5, 5), (4, 9), (12, 12), (2, 6), (7, 11))
@@ -263,10 +263,15 @@ def test_a_row_without_response_gives_zeros_and_leaves_the_others_alone():
     [
         (torch.zeros(2, 4), torch.zeros(2, 5, dtype=torch.bool), r"\(2, 4\) and \(2, 5\)"),
         (torch.zeros(2, 4), torch.zeros(2, 4), "bool response mask"),
-        (torch.zeros(1, 3), torch.ones(1, 3, dtype=torch.bool), "position 0"),
     ],
 )
 def test_wrong_masks_are_refused(values, response, message):
     for function in (lambda: gae(values, torch.zeros(len(values)), response), lambda: policy_advantage(values, response)):
         with pytest.raises(ValueError, match=message):
             function()
+
+
+def test_a_response_without_a_state_before_it_is_refused():
+    check_starts(mask())
+    with pytest.raises(ValueError, match="position 0"):
+        check_starts(mask(((0, 3), *SPANS[1:])))

@@ -5,6 +5,7 @@ import itertools
 import json
 import math
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -109,6 +110,17 @@ def test_equal_scores_differ_by_nothing_and_have_no_detectable_effect():
 def test_a_bootstrap_p_is_never_zero():
     assert bootstrap_p(np.ones(999)) == bootstrap_p(-np.ones(999)) == 2 / 1000
     assert bootstrap_p(np.zeros(999)) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "same"),
+    [((3, 9), (3, 9), True), ((6, 9), (3, 9), False), ((3, 9), (3, 8), False), ((3, 9), (), True), ((), (3, 9), True)],
+)
+def test_trainings_of_another_budget_are_told_apart(ours, theirs, same):
+    one, other = (
+        replace(result(name, [0.0, 1.0, 0.5]), training=dict(zip(compare.BUDGET, spent))) for name, spent in (("a", ours), ("b", theirs))
+    )
+    assert difference(one, other, "humaneval", "pass@1", 100).same_budget is same
 
 
 def test_one_problem_has_no_error():

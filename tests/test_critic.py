@@ -12,10 +12,13 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from tests.test_advantage import double_sum
+from tests.test_policy import Waits
+from wmtp.anchor import AnchoredObjective
 from wmtp.batches import Batch, share
 from wmtp.bundle import ModelArgs, write_bundle
 from wmtp.critic import Critic, CriticError, ValueObjective, load_critic, pairs, save_critic
 from wmtp.model import Transformer
+from wmtp.preference import PairwiseObjective
 from wmtp.provenance import critic_sha256, read_card
 from wmtp.tokens import TokenData
 from wmtp.world import World
@@ -235,6 +238,73 @@ def test_an_untrained_critic_gives_every_prefix_one_half():
 )
 def test_value_logits_are_at_least_float32(given_dtype, dtype):
     assert logits_of(small_critic(given_dtype), whole_step()).dtype == dtype
+
+
+def test_value_logits_under_autocast_are_those_of_float32_arithmetic():
+    """What training in bfloat16 sees: hidden states are of rounded products, values are not rounded once more."""
+    critic, step = small_critic(torch.float32), whole_step()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        logit, ce = critic(step.tokens_BT, step.response_BT)
+        hidden = critic.trunk.hidden(step.tokens_BT)[0]
+    surprise = torch.cat([torch.zeros(len(SPANS), 1), ce[:, :-1].double().cumsum(1)], 1)
+    expected = hidden.double() @ critic.value.weight[0, :-1].double() + surprise * critic.value.weight[0, -1] + critic.value.bias
+    assert logit.dtype == ce.dtype == hidden.dtype == torch.float32
+    torch.testing.assert_close(logit.double(), expected.detach(), rtol=0, atol=1e-5)
+
+
+OBJECTIVES = {
+    **{kind: ValueObjective(kind, 0.97, 0.9, 0.5) for kind in KINDS},
+    "anchored": AnchoredObjective("bce", coef=0.1, value_clip=0.05),
+    "pairwise": PairwiseObjective(0.5),
+}
+
+
+class Given(nn.Module):
+    """A network's outputs, whatever it reads, so that nothing but the objective computes."""
+
+    def __init__(self, *outputs_BT):
+        super().__init__()
+        self.outputs_BT = outputs_BT
+
+    def forward(self, tokens_BT, response_BT, **_):
+        return tuple(one[:, : tokens_BT.shape[1]] for one in self.outputs_BT)
+
+    def follow(self, decay):
+        pass
+
+
+def outputs(name, step):
+    """Value logits and next-token losses, and an anchored critic's average."""
+    random, n = torch.Generator().manual_seed(1), 3 if name == "anchored" else 2
+    return [(torch.rand(len(SPANS), T, generator=random) * step.response_BT).requires_grad_() for _ in range(n)]
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_autocast_does_not_reach_the_loss(name):
+    """To the bit, gradients included: what the network gave is all that bfloat16 may touch."""
+    work, step, found = OBJECTIVES[name], whole_step(), []
+    given = outputs(name, step)
+    for mixed in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
+            total, sums = work.loss(Given(*given), work.prepare(step))
+        found.append([total, *torch.autograd.grad(total, given[:2]), *sums.values()])
+        assert total.dtype == torch.float32 and all(part.dtype == torch.float64 for part in sums.values())
+    assert all(torch.equal(one, other) for one, other in zip(*found))
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_from_the_networks_outputs_to_the_steps_sums_nothing_waits_for_the_device(name):
+    work, step = OBJECTIVES[name], whole_step()
+    ready, given = work.prepare(step), outputs(name, step)
+    with Waits() as waits:
+        work.loss(Given(*given), ready)[0].backward()
+    assert not waits.found
+
+
+@pytest.mark.parametrize("name", [*KINDS, "anchored"])
+def test_a_response_without_a_state_before_it_is_refused_before_the_forward(name):
+    with pytest.raises(ValueError, match="response starts at position 0"):
+        OBJECTIVES[name].prepare(whole_step(((0, 9), *SPANS[1:])))
 
 
 def test_values_of_a_half_precision_critic_keep_the_digits_that_differences_need():

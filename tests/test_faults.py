@@ -86,6 +86,7 @@ def test_what_the_one_line_asks_for_is_enough():
     values = copy.deepcopy(COMMITTED)
     del values["methods"]["verifiable"]["concentration_floor"]
     values["methods"]["verifiable"] |= {"critic": "shared", "value_coef": 0.5, "value_loss": VALUE_LOSS}
+    values["study"]["arms"] = ["baseline", "verifiable", "uniform_shared"]
     assert validate(values).methods["verifiable"].critic == "shared"
 
 

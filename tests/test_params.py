@@ -9,6 +9,7 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from tests import methods
+from wmtp.blocks import controls
 from wmtp.dependencies import ROOT
 from wmtp.overlay import merged
 from wmtp.params import AnyMethod, ParameterError, Params, Section, read_yaml, validate
@@ -121,6 +122,33 @@ def test_every_arm_of_the_sweep_is_a_method_with_weights_of_its_own():
     assert {arm: method_of(arm, block) for arm, block in arms.items()} == {
         arm: METHODS["baseline" if arm == "baseline" else "verifiable"] for arm in arms
     }
+
+
+def with_arms(*arms, **blocks):
+    values = copy.deepcopy(COMMITTED)
+    values["methods"] |= blocks
+    values["study"]["arms"] = list(arms)
+    return values
+
+
+def test_arms_of_a_study_have_a_control_that_reads_the_same_rows():
+    """Whatever their names are; arms of pairs with a critic of its own and with a shared one each have theirs."""
+    pairs = {"policy_on_incorrect": "weighted"}
+    blocks = {
+        "on_pairs": methods.block("verifiable", **pairs), "even": methods.block("constant_critic", **pairs),
+        "one_net": methods.block("verifiable_shared", beta=0.3),
+    }  # fmt: skip
+    whole = validate(with_arms("baseline", "rho1", "on_pairs", "even", "one_net", "uniform_shared", **blocks))
+    found = controls({arm: whole.methods[arm] for arm in whole.study.arms})
+    assert found == {
+        "baseline": None, "rho1": "baseline", "on_pairs": "even", "even": None, "one_net": "uniform_shared", "uniform_shared": None
+    }  # fmt: skip
+    for arms, told in (
+        (("baseline", "on_pairs"), "on_pairs reads pairs, .* expected a block with weighting constant_critic"),
+        (("baseline", "verifiable_shared", "even"), "verifiable_shared reads pairs with a shared critic, .* as uniform_shared; add it"),
+    ):
+        with pytest.raises(ParameterError, match=told):
+            validate(with_arms(*arms, **blocks))
 
 
 def test_files_that_cannot_be_read(tmp_path):

@@ -13,6 +13,7 @@ from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests import methods
+from wmtp import shared
 from wmtp.align import align_future
 from wmtp.batches import Batch, share
 from wmtp.blocks import reads_beta
@@ -195,6 +196,33 @@ def test_losses_of_a_half_precision_model_are_single_precision(name):
     total, _ = objective(name).loss(model, objective(name).prepare(step))
     assert total.dtype == torch.float32
     assert float(total.detach()) == pytest.approx(math.fsum(weight[b, i] * loss for (b, i, _), loss in ce.items()), rel=1e-5)
+
+
+def test_under_autocast_losses_and_entropies_are_single_precision():
+    """Logits are products in bfloat16, their softmax is not."""
+    model, step = small_model(torch.float32), whole_step()
+    targets = align_future(step.tokens_BT.masked_fill(~step.response_BT, -100), F, -100)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        ce, entropy = model(step.tokens_BT, targets, with_entropy=True)
+        logits = model(step.tokens_BT)
+    assert ce.dtype == entropy.dtype == torch.float32 and logits.dtype == torch.bfloat16
+    log_p = torch.log_softmax(logits.double(), -1)[targets >= 0]
+    torch.testing.assert_close(ce[targets >= 0].double(), -log_p.gather(1, targets[targets >= 0][:, None])[:, 0], rtol=1e-5, atol=0)
+    torch.testing.assert_close(entropy[targets >= 0].double(), -(log_p.exp() * log_p).sum(-1), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("name", methods.SEPARATE)
+def test_autocast_does_not_reach_weights_and_loss(name):
+    """To the bit, gradients included: what the network gave is all that bfloat16 may touch."""
+    work = objective(name, mix=0.5, n_future=F, head_weights=[4.0, 2.0, 1.0, 1.0])
+    step, found = work.prepare(whole_step(name)), []
+    ce = torch.rand(len(SPANS), T, F, generator=torch.Generator().manual_seed(1), requires_grad=True)
+    for mixed in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
+            total, sums = work.loss(lambda *_, with_entropy=False, **__: (ce, ce.detach()) if with_entropy else ce, step)
+        found.append([total, *torch.autograd.grad(total, ce), *sums.values()])
+        assert total.dtype == torch.float32 and all(part.dtype == torch.float64 for part in sums.values())
+    assert all(torch.equal(one, other) for one, other in zip(*found))
 
 
 ONE_BY_EIGHT, FOUR_BY_TWO, EIGHT_BY_ONE = 8 * T, 2 * T, T
@@ -572,13 +600,20 @@ class Waits(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("head_weights", [None, [4.0, 2.0, 1.0, 1.0]])
-@pytest.mark.parametrize("name", methods.SEPARATE)
+@pytest.mark.parametrize("name", METHODS)
 def test_from_the_models_losses_to_the_steps_sums_nothing_waits_for_the_device(name, head_weights):
-    work = objective(name, mix=0.5, n_future=F, head_weights=head_weights)
+    changes = {"mix": 0.5, "head_weights": head_weights}
+    settings = TypeAdapter(AnyMethod).validate_python(methods.block(name, F, **changes))
+    work = shared.objective(settings, objective(name, n_future=F, **changes))
     step = work.prepare(whole_step(name))
     ce = torch.rand(len(SPANS), T, F, dtype=torch.float64, requires_grad=True)
+    logit = torch.rand(len(SPANS), T, dtype=torch.float64, requires_grad=True)
+
+    def given(*_, with_entropy=False, with_values=False, **__):
+        return (ce, logit) if with_values else (ce, ce.detach()) if with_entropy else ce
+
     with Waits() as waits:
-        total, _ = work.loss(lambda *_, with_entropy=False, **__: (ce, ce.detach()) if with_entropy else ce, step)
+        total, _ = work.loss(given, step)
         total.backward()
     assert not waits.found
     with waits:
@@ -628,6 +663,19 @@ def test_what_the_weighting_notes_is_logged_whatever_the_split(models):
     usual = objective("verifiable").summary(prepared(models[F], objective("verifiable"), step, 40)[2])
     assert usual["weight_beta"] == pytest.approx(0.9) and 0 <= usual["weight_at_clip_min"] < 0.5
     assert "weight_beta" not in objective("baseline").summary(prepared(models[F], objective("baseline"), step)[2])
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_with_bounds_logs_the_shares_of_weights_on_them_and_no_other(name, models):
+    work, step, n_targets = objective(name, n_future=F), whole_step(name), sum(last - first + 1 for first, last in SPANS)
+    if METHODS[name].needs_forward:
+        step = replace(step, signal_BT=torch.rand(len(SPANS), T, generator=torch.Generator().manual_seed(0)))
+    figures = work.summary(prepared(models[F], work, step)[2])
+    shares = [figures.get(f"weight_at_clip_{end}") for end in ("min", "max")]
+    if "weight_clip_min" not in methods.block(name):
+        assert shares == [None, None]
+    else:
+        assert all(0 <= share <= 1 and share * n_targets == pytest.approx(round(share * n_targets), abs=1e-4) for share in shares)
 
 
 # --- from params to an objective ---------------------------------------------------------------------------------------------------

@@ -45,6 +45,7 @@ LOGS = {
 def contrast(method="rho1", **changes):
     row = {"method": method, "against": "baseline", "benchmark": "humaneval", "measure": "pass@1", "n_problems": 200}
     row |= {"difference": 0.1, "stderr": 0.02, "low": 0.06, "high": 0.14, "p": 0.0003, "p_holm": 0.012, "mde": 0.056}
+    row |= {"same_budget": True}
     return row | changes
 
 
@@ -84,6 +85,12 @@ def test_differences_are_rows():
     assert cells(text, "rho1")[-1] == ["HumanEval form", "pass@1", "+10.0", "+6.0 to +14.0", "<0.001", "0.012*", "5.6"]
     assert cells(text, "ntp")[-1] == ["MBPP form", "pass@1", "0.0", "-5.0 to 0.0", "0.500", "1.000", "5.6"]
     assert cells(text, "start")[-1] == ["HumanEval form", "greedy", "0.0", "0.0 to 0.0", "1.000", "1.000", "n/a"]
+
+
+def test_a_difference_of_unequal_budgets_is_marked_and_never_starred():
+    text = page(differences=[contrast(same_budget=False), *DIFFERENCES[1:]])
+    assert cells(text, "rho1†")[-1] == ["HumanEval form", "pass@1", "+10.0", "+6.0 to +14.0", "<0.001", "0.012", "5.6"]
+    assert "†: the two took other steps or read other tokens" in " ".join(text.split()) and "†" not in page()
 
 
 def test_the_page_says_what_it_knows_and_what_not():

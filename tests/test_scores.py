@@ -10,6 +10,7 @@ from safetensors.numpy import load_file, save_file
 
 from tests.conftest import ROOT, run_ranks
 from tests.test_model import random_model
+from wmtp import flops
 from wmtp.batches import collate
 from wmtp.bundle import BundleError, bundle_sha256
 from wmtp.checkpoint import save_model
@@ -348,12 +349,11 @@ def test_scores_tell_what_they_cost(micro, data, tmp_path):
     elsewhere = problems_of(other, np.arange(len(other)))
     reference_stage(micro, tmp_path, {"learned_from": elsewhere, "flops": 10**12})
     network = load_bundle(micro.bundle, n_future=1)
-    n_tokens = int(data.lengths.sum())
-    met = sum(p.numel() for name, p in network.named_parameters() if name != "tok_embeddings.weight")
-    assert Scores(tmp_path / "s", data).flops == 10**12 + 2 * n_tokens * met
+    every = (data.lengths, data.response_start)
+    assert Scores(tmp_path / "s", data).flops == 10**12 + flops.forward(network, *every) > 10**12
     save_critic(a_critic(micro.bundle), micro.bundle, tmp_path / "critic", {"passed": False}, elsewhere, ALONE, 10**13)
     score_critic.work(PARAMS, None, str(tmp_path / "critic"), str(micro.processed), str(tmp_path / "c"))
-    assert Scores(tmp_path / "c", data).flops == 10**13 + 2 * n_tokens * (met + network.args.dim + 2)
+    assert Scores(tmp_path / "c", data).flops == 10**13 + flops.forward(a_critic(micro.bundle), *every)
 
 
 @pytest.mark.parametrize("unit", ["probability", "logit"])

@@ -28,7 +28,8 @@ from tests.test_policy import (
 )
 from tests.test_train import ALONE, OPTIMIZER, Killed, killer, same_bits
 from tests.test_weighting import exact_projection
-from wmtp import shared, train
+from wmtp import flops, shared, train
+from wmtp.align import future_targets
 from wmtp.batches import Batch, share
 from wmtp.blocks import reads_pairs
 from wmtp.critic import Critic, pairs
@@ -93,13 +94,13 @@ def value_logits(model, step, ce):
     return found
 
 
-def row_weights(v, first, last):
-    """exp weights of one row from its values by state, gamma 1, lam 0.95, beta 0.9, within [0.1, 5]."""
+def row_weights(v, first, last, low=0.1, high=5.0):
+    """exp weights of one row from its values by state, gamma 1, lam 0.95, beta 0.9, within [low, high]."""
     A = [math.fsum(0.95 ** (j - i) * (v[j] - v[j - 1]) for j in range(i, last)) for i in range(first, last + 1)]
     mean = math.fsum(A) / len(A)
     sigma = max(0.01, math.sqrt(math.fsum((a - mean) ** 2 for a in A) / len(A)))
     u = [math.exp(min(5.0, max(-5.0, (a - mean) / sigma)) / 0.9) for a in A]
-    return exact_projection(u, 0.1, 5.0)
+    return exact_projection(u, low, high)
 
 
 def by_loops(model, name, on_incorrect, step):
@@ -159,6 +160,24 @@ def test_the_log_is_of_the_targets_that_train_the_policy(name, model):
     assert 0.2 < both.summary(run(model, both, step, 40)[2])["weight_on_incorrect"] < 0.8
 
 
+@pytest.mark.parametrize("on_incorrect", BOTH)
+@pytest.mark.parametrize("changes", [{}, {"mix": 0.5, "head_weights": [4.0, 2.0, 1.0, 1.0]}], ids=["plain", "mixed and by head"])
+def test_the_log_has_the_shares_of_weights_on_their_bounds(on_incorrect, changes, model):
+    """Of the weighting's own weights, whatever is made of them then, in any split."""
+    step, clip = mixed_step(), (0.8, 1.2)
+    work = objective("verifiable_shared", on_incorrect, weight_clip_min=clip[0], weight_clip_max=clip[1], **changes)
+    ce, found = cross_entropy(model.trunk, step), []
+    logit = value_logits(model, step, ce)
+    for b, (first, last) in enumerate(spans_of(step)):
+        if b % 2 == 0 or on_incorrect == "weighted":
+            found += row_weights({i: float(torch.sigmoid(logit[b, i].detach())) for i in range(first - 1, last)}, first, last, *clip)
+    low, high = (sum(abs(w - bound) < 1e-6 for w in found) / len(found) for bound in clip)
+    assert low > 0.1 and high > 0.1
+    for budget in (10**9, 40):
+        figures = work.summary(run(model, work, step, budget)[2])
+        assert (figures["weight_at_clip_min"], figures["weight_at_clip_max"]) == pytest.approx((low, high), rel=1e-12)
+
+
 def test_incorrect_rows_train_the_value_alone_and_it_reaches_the_trunk(model):
     """With the correct rows' part taken away, head 0's blocks move and the further heads and the output do not."""
     step, work = mixed_step(), objective("uniform_shared")
@@ -192,6 +211,39 @@ def test_its_values_are_the_critics_on_the_same_trunk(model):
     batch = work.prepare(step)
     expected = work.value.regression(critic_BT, batch)[0].sum()
     assert float(work.loss(model, batch)[1]["value_loss"]) == pytest.approx(float(expected.detach()), rel=1e-12)
+
+
+def test_values_under_autocast_are_those_of_float32_arithmetic():
+    """Their differences are what a step's weights are made of."""
+    model, step = network(torch.float32), mixed_step()
+    targets = future_targets(step.tokens_BT, step.response_BT, F)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        ce, logit = model(step.tokens_BT, targets, with_values=True)
+        hidden = model.trunk.hidden(step.tokens_BT)[0]
+    surprise = torch.cat([torch.zeros(len(SPANS), 1), ce[:, :-1, 0].double().cumsum(1)], 1)
+    expected = hidden.double() @ model.value.weight[0, :-1].double() + surprise * model.value.weight[0, -1] + model.value.bias
+    assert logit.dtype == ce.dtype == torch.float32
+    torch.testing.assert_close(logit.double(), expected.detach(), rtol=0, atol=1e-5)
+
+
+def test_an_incorrect_response_without_a_state_before_it_is_refused_before_the_forward():
+    """Though it does not train the policy."""
+    with pytest.raises(ValueError, match="response starts at position 0"):
+        objective(NAMES[0]).prepare(mixed_step(spans=(SPANS[0], (0, 9), *SPANS[2:])))
+
+
+@pytest.mark.parametrize("on_incorrect", BOTH)
+@pytest.mark.parametrize("name", NAMES)
+def test_autocast_does_not_reach_weights_and_loss(name, on_incorrect):
+    work, random = objective(name, on_incorrect), torch.Generator().manual_seed(1)
+    step, found = work.prepare(mixed_step()), []
+    ce, logit = (torch.rand(*shape, generator=random, requires_grad=True) for shape in ((len(SPANS), T, F), (len(SPANS), T)))
+    for mixed in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
+            total, sums = work.loss(lambda *_, **__: (ce, logit), step)
+        found.append([total, *torch.autograd.grad(total, (ce, logit)), *sums.values()])
+        assert total.dtype == torch.float32 and all(part.dtype == torch.float64 for part in sums.values())
+    assert all(torch.equal(one, other) for one, other in zip(*found))
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -249,6 +301,17 @@ def test_killed_and_resumed_equals_uninterrupted_value_head_included(micro, data
     first = []
     assert json.dumps(go()) == json.dumps(records) and first[0] == 3
     assert same_bits(again, whole)
+
+
+@pytest.mark.parametrize("on_incorrect", BOTH)
+def test_the_account_counts_the_targets_that_a_row_has(micro, data, on_incorrect):
+    """An incorrect row that trains the value alone has those of head 0."""
+    plan = train.Plan(data, pairs(data)[:8], 2, 1.0, 0.01, 3)
+    model, rows = shared.network(settings_of(NAMES[0]), load_bundle(micro.bundle)), plan.rows_read()
+    extents = data.lengths[rows], data.response_start[rows]
+    found = train.account(model, objective("verifiable_shared", on_incorrect, n_future=3), plan, {"loss": 2.0, "ce": 3.0})["train_flops"]
+    assert found == flops.training(model, *extents, data.is_correct[rows] if on_incorrect == "value_only" else None)
+    assert (found < flops.training(model, *extents)) == (on_incorrect == "value_only")
 
 
 @pytest.mark.slow

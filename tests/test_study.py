@@ -14,6 +14,11 @@ from wmtp.compare import CompareError, Result, holm
 from wmtp.study import Contrast, contrast, contrasts, resampled_means, wilcoxon
 
 ARMS = ("baseline", "verifiable", "shuffled", "rho1")
+STARTS = {"": {"humaneval": {"pass@1": 0.4, "n_problems": 12}}}
+
+
+def against(*arms, control="baseline"):
+    return {arm: None if arm == control else control for arm in arms}
 
 
 def result(scores: list[float], protocol: str = "aa", ce: float = 0.5) -> Result:
@@ -90,7 +95,7 @@ def test_a_shift_of_all_scores_is_found_in_every_draw():
 
 
 def test_primary_contrasts_are_adjusted_among_themselves():
-    found = contrasts(drawn(), "baseline", 500)
+    found = contrasts(drawn(), against(*ARMS), 500)
     primary, others = [one for one in found if one.primary], [one for one in found if not one.primary]
     assert {(one.arm, one.against) for one in primary} == {("verifiable", "baseline"), ("verifiable", "shuffled")}
     assert {(one.arm, one.against) for one in others} == {("shuffled", "baseline"), ("rho1", "baseline")}
@@ -108,9 +113,7 @@ def test_a_difference_that_only_one_seed_shows_is_not_certain():
 
 def test_what_a_study_refuses(tmp_path):
     with pytest.raises(CompareError, match=r"baseline-1.*no such file"):
-        study.read_arms(["baseline"], [1], tmp_path, tmp_path)
-    with pytest.raises(CompareError, match="baseline is missing"):
-        contrasts(drawn(["rho1"]), "baseline", 500)
+        study.read_arms({"baseline": None}, [1], tmp_path, tmp_path)
 
 
 def test_rows_are_means_over_seeds():
@@ -123,9 +126,9 @@ def test_rows_are_means_over_seeds():
 
 def test_the_page_and_the_picture(tmp_path):
     found = drawn()
-    rows: list[Contrast] = contrasts(found, "baseline", 500)
+    rows: list[Contrast] = contrasts(found, against(*ARMS), 500)
     arms = study.arm_rows(found)
-    text = study_report.page(arms, [asdict(one) for one in rows], ["humaneval"], 500)
+    text = study_report.page(arms, [asdict(one) for one in rows], ["humaneval"], 500, STARTS)
     for expected in (
         "verifiable - shuffled",
         "## Primary contrasts",
@@ -134,45 +137,54 @@ def test_the_page_and_the_picture(tmp_path):
         "another critic",
     ):
         assert expected in text
+    assert "a start of its own" not in text
+    own = {**STARTS, "rho1": {"humaneval": {"pass@1": 0.25, "n_problems": 12}}}
+    told = " ".join(study_report.page(arms, [asdict(one) for one in rows], ["humaneval"], 500, own).split())
+    assert (
+        "rho1 has a start of its own, which its contrasts hold too: 25.0 % (HumanEval form); the others' 40.0 % (HumanEval form)." in told
+    )
     by_seed = {(one.arm, one.against, one.benchmark): [0.0] * 6 for one in rows}
     for name in ("one.png", "two.png"):
         study_report.draw([asdict(one) for one in rows], by_seed, tmp_path / name)
     assert (tmp_path / "one.png").read_bytes() == (tmp_path / "two.png").read_bytes()
 
 
-def test_a_shared_critic_is_compared_with_its_control_on_the_same_rows(monkeypatch, tmp_path):
-    """It reads pairs: other steps and tokens than the rest, and no contrast with them."""
-    pair = ("verifiable_shared", "uniform_shared")
-    results = {f"{arm}-{seed}": found for arm, row in drawn(("baseline", *pair), 2).items() for seed, found in enumerate(row)}
+def saved(monkeypatch, results):
     monkeypatch.setattr(study, "read_result", lambda name, metrics, verdicts: results[name])
+
+
+def test_arms_that_read_other_rows_are_compared_among_themselves(monkeypatch, tmp_path):
+    """Pairs make other steps and tokens, and no contrast with the rest, primary or not."""
+    pair = ("verifiable", "uniform_shared")
+    results = {f"{arm}-{seed}": found for arm, row in drawn(("baseline", *pair), 2).items() for seed, found in enumerate(row)}
+    saved(monkeypatch, results)
     for arm in pair:
         for seed in (0, 1):
             results[f"{arm}-{seed}"].training.update(steps=9, tokens=1700)
-    found = study.read_arms(["baseline", *pair], [0, 1], tmp_path, tmp_path)
-    rows = contrasts(found, "baseline", 500)
+    controls = {"baseline": None, **against(*pair, control="uniform_shared")}
+    found = study.read_arms(controls, [0, 1], tmp_path, tmp_path)
+    rows = contrasts(found, controls, 500)
     assert [(one.arm, one.against, one.primary) for one in rows] == [(*pair, False)]
-    text = study_report.page(study.arm_rows(found), [asdict(one) for one in rows], ["humaneval"], 500)
-    assert "baseline: 5 steps, 900 tokens; verifiable_shared, uniform_shared: 9 steps, 1,700 tokens" in " ".join(text.split())
+    text = study_report.page(study.arm_rows(found), [asdict(one) for one in rows], ["humaneval"], 500, STARTS)
+    assert "baseline: 5 steps, 900 tokens; verifiable, uniform_shared: 9 steps, 1,700 tokens" in " ".join(text.split())
     assert "## Every other arm against uniform_shared" in text
-    with pytest.raises(CompareError, match="and uniform_shared, its control, is missing"):
-        contrasts({arm: found[arm] for arm in ("baseline", "verifiable_shared")}, "baseline", 500)
     results["uniform_shared-1"].training["tokens"] = 1701
-    with pytest.raises(CompareError, match="seed 1: the arms differ"):
-        study.read_arms(["baseline", *pair], [0, 1], tmp_path, tmp_path)
+    with pytest.raises(CompareError, match=r"seed 1: the arms differ in steps and tokens: .*'verifiable': .*'uniform_shared'"):
+        study.read_arms(controls, [0, 1], tmp_path, tmp_path)
 
 
 def test_arms_of_another_budget_are_refused(monkeypatch, tmp_path):
     results = {f"{arm}-{seed}": found for arm, row in drawn(("baseline", "rho1"), 2).items() for seed, found in enumerate(row)}
-    monkeypatch.setattr(study, "read_result", lambda name, metrics, verdicts: results[name])
-    assert set(study.read_arms(["baseline", "rho1"], [0, 1], tmp_path, tmp_path)) == {"baseline", "rho1"}
+    saved(monkeypatch, results)
+    assert set(study.read_arms(against("baseline", "rho1"), [0, 1], tmp_path, tmp_path)) == {"baseline", "rho1"}
     results["rho1-1"].training["tokens"] = 901
     with pytest.raises(CompareError, match="seed 1: the arms differ in steps and tokens"):
-        study.read_arms(["baseline", "rho1"], [0, 1], tmp_path, tmp_path)
+        study.read_arms(against("baseline", "rho1"), [0, 1], tmp_path, tmp_path)
 
 
 @pytest.mark.parametrize(("p_holm", "p_wilcoxon", "starred"), [(0.01, 0.03, True), (0.01, 0.06, False), (0.06, 0.03, False)])
 def test_a_star_needs_both_tests(p_holm, p_wilcoxon, starred):
     found = drawn()
-    rows = [asdict(one) | {"p_holm": p_holm, "p_wilcoxon": p_wilcoxon} for one in contrasts(found, "baseline", 100)]
-    text = study_report.page(study.arm_rows(found), rows, ["humaneval"], 100)
+    rows = [asdict(one) | {"p_holm": p_holm, "p_wilcoxon": p_wilcoxon} for one in contrasts(found, against(*found), 100)]
+    text = study_report.page(study.arm_rows(found), rows, ["humaneval"], 100, STARTS)
     assert (f"{p_holm:.3f}*" in text) == starred

@@ -4,6 +4,7 @@ weight")."""
 import json
 import math
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -19,6 +20,8 @@ from wmtp.params import AnyMethod
 from wmtp.policy import WeightError
 from wmtp.tokens import TokenData
 from wmtp.train import train_step
+from wmtp.weighting import selection
+from wmtp.weighting.lag import Lag
 
 LAGGED = {"kind": "lagged", "ema": 0.0}
 OTHERS = ("inverted_k", "dft", "focal", "loss_topk", "entropy_topk")
@@ -220,6 +223,60 @@ def test_thresholds_at_the_ends_of_the_population(keep_fraction):
     easier = replace(steps(1)[0], signal_BT=steps(1)[0].signal_BT + 100)
     if keep_fraction == 1:
         assert objective.summary(gradients(objective, [easier])[0][1])["weight_selected"] == 1
+
+
+def test_a_budget_that_rounding_makes_all_of_a_step_is_below_its_lowest_score():
+    """All of the same step again; no promise for steps of other scores."""
+    objective = lagged("topk", keep_fraction=0.999)
+    found = [objective.summary(sums)["weight_selected"] for _, sums in gradients(objective, steps(1) * 2)]
+    assert found == [1.0, 1.0]
+    model, step = small_model(torch.float64), steps(1)[0]
+    lowest = min(loss - float(step.signal_BT[e[0], e[1]]) for e, loss in cross_entropy(model, step).items() if e[2] == 0)
+    assert float(objective.lag.known["threshold"]) == pytest.approx(lowest - 1, rel=1e-9)
+
+
+ROUNDED = [
+    (partial(selection.topk, keep_fraction=0.6), 0.6),
+    (partial(selection.tokenskip, drop_fraction=0.3), 0.7),
+    (partial(selection.percentile_emphasis, percentile=0.6, alpha=0.2), 0.4),
+]
+
+
+@pytest.mark.parametrize("ema", [0.9, 0.99])
+@pytest.mark.parametrize(("weigh", "share"), ROUNDED, ids=["topk", "tokenskip", "percentile_emphasis"])
+def test_a_step_whose_budget_is_all_or_nothing_by_rounding_does_not_decide_the_next(weigh, share, ema):
+    """A thousand scores a step, and once a single one."""
+    lag, random, found = Lag(ema), torch.Generator().manual_seed(0), []
+    for n in (1000, 1000, 1, 1000, 1000):
+        score, valid, new = torch.randn(1, n, generator=random).double() + 5, torch.ones(1, n, dtype=torch.bool), {}
+        weigh(score, valid, lag=new)
+        if not lag.known:
+            lag.update(new)
+        weight = weigh(score, valid, lag=lag.known)
+        found.append(float((weight > 0.5).double().mean()))
+        lag.update(new)
+    assert found[0] == pytest.approx(share, abs=1e-3) and found[3:] == pytest.approx([share] * 2, abs=0.1)
+
+
+@pytest.mark.parametrize("ema", [0.0, 0.9])
+@pytest.mark.parametrize(
+    "weigh",
+    [
+        partial(selection.topk, keep_fraction=1.0),
+        partial(selection.tokenskip, drop_fraction=0.0),
+        partial(selection.percentile_emphasis, percentile=1.0, alpha=0.2),
+    ],
+    ids=["topk", "tokenskip", "percentile_emphasis"],
+)
+def test_a_budget_of_all_or_nothing_holds_for_every_step(weigh, ema):
+    lag, valid = Lag(ema), torch.ones(1, 50, dtype=torch.bool)
+    for level in (0.0, 100.0, -100.0, 3.0):
+        score, new = torch.rand(1, 50).double() + level, {}
+        weigh(score, valid, lag=new)
+        if not lag.known:
+            lag.update(new)
+        assert torch.equal(weigh(score, valid, lag=lag.known), valid.float())
+        lag.update(new)
 
 
 def test_a_step_of_which_nothing_reaches_the_threshold_is_an_error_and_changes_nothing():

@@ -34,7 +34,8 @@ def _discounted_sum(delta_BT: Tensor, rate_B1: Tensor) -> Tensor:
 def gae(values_BT: Tensor, reward_B: Tensor, response_BT: Tensor, gamma: float = 1.0, lam: float | Tensor = 1.0) -> tuple[Tensor, Tensor]:
     """Advantages [B, T] by target token and value targets [B, T] by state, from a reward paid at the last response token.
 
-    `response_BT` (bool) marks one run of tokens P..L a row, P >= 1; rows are not packed. `lam` may be one number or one a row.
+    `response_BT` (bool) marks one run of tokens P..L a row; rows are not packed. That P >= 1 is the caller's to check (`check_starts`).
+    `lam` may be one number or one a row.
     Both results are 0 outside their positions: P..L for advantages, P-1..L-1 for value targets (the last prompt token is trained).
     The arithmetic is float32, float64 for float64 values. METHODS: delta, A and G of the critic's section.
     """
@@ -77,13 +78,18 @@ def value_drops(values_BT: Tensor, response_BT: Tensor) -> Tensor:
 
 
 def _rate(values_BT: Tensor, gamma: float, lam: float | Tensor) -> Tensor:
-    lam_B = torch.as_tensor(lam, dtype=values_BT.dtype, device=values_BT.device)
+    # A number is filled in on the device: a copy of it would wait.
+    lam_B = lam.to(values_BT) if isinstance(lam, Tensor) else values_BT.new_full((1,), lam)
     return gamma * lam_B.expand(values_BT.shape[0])[:, None]
+
+
+def check_starts(response_BT: Tensor) -> None:
+    """A ValueError where a response has no state before it. It reads the mask: for the host's own step, once, before a device has it."""
+    if response_BT[:, 0].any():
+        raise ValueError("gae: a response starts at position 0; the first token has no state before it, prompts need at least one token")
 
 
 def _check(values_BT: Tensor, response_BT: Tensor) -> None:
     if values_BT.shape != response_BT.shape or response_BT.dtype != torch.bool:
         found = f"{tuple(values_BT.shape)} and {tuple(response_BT.shape)} {response_BT.dtype}"
         raise ValueError(f"gae: expected values and a bool response mask of one [B, T] shape, found {found}")
-    if response_BT[:, 0].any():
-        raise ValueError("gae: a response starts at position 0; the first token has no state before it, prompts need at least one token")

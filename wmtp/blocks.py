@@ -1,12 +1,47 @@
-"""What a method's block asks for beside its own keys: rows, and a temperature. These decide what a training reads, hence are part of its
-code, which the schema is not (wmtp.dependencies)."""
+"""What a method's block asks for beside its own keys: rows, a temperature, an arm to be compared with. These decide what a training or a
+comparison reads, hence are part of its code, which the schema is not (wmtp.dependencies)."""
 
+from collections.abc import Mapping
 from typing import Any
 
 
 def reads_pairs(block: Any) -> bool:
     """Whether a method reads pairs of a correct and an incorrect program (wmtp.critic.pairs), or correct programs alone."""
     return getattr(block, "critic", "separate") == "shared" or getattr(block, "policy_on_incorrect", "value_only") != "value_only"
+
+
+def controls(arms: Mapping[str, Any]) -> dict[str, str | None]:
+    """The arm of a study that each of `arms`, blocks by name, is compared with; None for those arms themselves.
+
+    Arms are compared where they read the same rows: those that read correct programs with the baseline, those that read pairs with the
+    arm of uniform weights on these pairs, for a shared critic one that has its value loss too. ValueError where an arm has no such arm.
+    """
+    found = {name: _kind(block) for name, block in arms.items()}
+    base = {_kind(block): name for name, block in reversed(arms.items()) if _uniform(name, block)}
+    if alone := [name for name, kind in found.items() if kind not in base]:
+        raise ValueError(
+            f"study.arms: {alone[0]} reads {found[alone[0]]}, and no arm beside it does so with uniform weights; expected"
+            f" {CONTROLS[found[alone[0]]]}; add it to study.arms"
+        )
+    return {name: None if name == base[kind] else base[kind] for name, kind in found.items()}
+
+
+CORRECT, PAIRS, SHARED_PAIRS = "correct programs", "pairs", "pairs with a shared critic"
+CONTROLS = {
+    CORRECT: "baseline",
+    PAIRS: "a block with weighting constant_critic and policy_on_incorrect weighted",
+    SHARED_PAIRS: "a block with weighting uniform and critic shared, as uniform_shared",
+}
+
+
+def _kind(block: Any) -> str:
+    return CORRECT if not reads_pairs(block) else SHARED_PAIRS if getattr(block, "critic", None) == "shared" else PAIRS
+
+
+def _uniform(name: str, block: Any) -> bool:
+    if _kind(block) == PAIRS:
+        return block.weighting == "constant_critic" and getattr(block, "policy_on_incorrect", None) == "weighted"
+    return name == "baseline" if _kind(block) == CORRECT else block.weighting == "uniform"
 
 
 def reads_beta(block: Any) -> bool:

@@ -25,6 +25,7 @@ SEED = 0  # of the resampling; fixed, so that equal verdicts give equal interval
 BLOCK = 1000  # resamples drawn at a time, to bound memory
 EVALUATION_KEYS = ("greedy", "greedy_stderr", "n_problems", "protocol_sha256")
 TRAINING_KEYS = ("validation_ce_head0", "tokens", "steps", "parameters", "train_flops", "signal_flops", "total_flops")
+BUDGET = ("steps", "tokens")
 LOG_KEYS = ("step", "loss", "ce_head0")
 CRITIC_KEYS = ("passed", "auc", "auc_low", "auc_high", "length_auc", "delta_std", "bug_localisation")
 
@@ -54,7 +55,8 @@ class Difference:
     """score(method) - score(against), mean over problems, as a share of 1, with `low` and `high` of its 95 % interval.
 
     `better` and `worse` count the problems on which the two differ. `mde`: the smallest true difference that a two-sided 5 % test would
-    find with 80 % power at this standard error; None where no problem differs, since then the spread is unknown.
+    find with 80 % power at this standard error; None where no problem differs, since then the spread is unknown. `same_budget`: not two
+    trainings of other steps or tokens, which may differ by that alone.
     """
 
     method: str
@@ -72,6 +74,7 @@ class Difference:
     p: float
     p_holm: float
     mde: float | None
+    same_budget: bool
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -208,8 +211,13 @@ def difference(method: Result, against: Result, benchmark: str, measure: str, re
     test, p = ("exact McNemar", mcnemar(better, worse)) if measure == "greedy" else ("paired bootstrap", bootstrap_p(means))
     return Difference(
         method.name, against.name, benchmark, measure, len(d), float(d.mean()), stderr, float(low), float(high), better, worse, test, p, p,
-        minimum_detectable(stderr),
+        minimum_detectable(stderr), same_budget(method, against),
     )  # fmt: skip
+
+
+def same_budget(one: Result, other: Result) -> bool:
+    """Whether both trained on as many tokens in as many steps; true where one was not trained."""
+    return not (one.training and other.training) or all(one.training[key] == other.training[key] for key in BUDGET)
 
 
 def differences(results: Sequence[Result], against: str, resamples: int, pairs: Sequence[tuple[str, str]] = ()) -> list[Difference]:

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional
 
-from wmtp.advantage import gae
+from wmtp.advantage import check_starts, gae
 from wmtp.align import future_targets
 from wmtp.batches import Batch
 from wmtp.bundle import atomic_directory, bundle_sha256, write_bundle
@@ -60,10 +60,14 @@ class Critic(nn.Module):
         return functional.pad(self.value_logits(hidden_BTD, ce_BT), (first, 0)), functional.pad(ce_BT, (first, 0))
 
     def value_logits(self, hidden_BTD: Tensor, ce_BT: Tensor) -> Tensor:
-        """Value logits [B, T] from the normed output of head 0 and its next-token loss of the response, both by position."""
+        """Value logits [B, T] from the normed output of head 0 and its next-token loss of the response, both by position.
+
+        Never by autocast: weights are made of differences between neighbouring values, which bfloat16 rounds to 0.
+        """
         surprise_BT1 = functional.pad(ce_BT.detach()[:, :-1], (1, 0)).cumsum(1).unsqueeze(-1)
         read = torch.cat([hidden_BTD.to(ce_BT.dtype), surprise_BT1], -1)
-        return functional.linear(read, self.value.weight.to(read.dtype), self.value.bias.to(read.dtype)).squeeze(-1)
+        with torch.autocast(read.device.type, enabled=False):
+            return functional.linear(read, self.value.weight.to(read.dtype), self.value.bias.to(read.dtype)).squeeze(-1)
 
 
 def load_critic(path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> Critic:
@@ -168,6 +172,7 @@ class ValueObjective:
             )
 
     def prepare(self, step: Batch) -> Batch:
+        check_starts(step.response_BT)
         return step
 
     def count(self, step: Batch) -> float:

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
 
-from wmtp.blocks import reads_pairs
+from wmtp.blocks import controls, reads_pairs
 from wmtp.faults import one_line
 
 Positive = Annotated[int, Field(ge=1)]
@@ -560,6 +560,7 @@ class Params(Section):
                 )
             if "-" in arm:
                 raise ValueError(f"study.arms: {arm!r} has a hyphen, which parts arm and seed in the names of the study; rename its block")
+        controls({arm: self.methods[arm] for arm in self.study.arms})
         return self
 
 

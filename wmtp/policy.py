@@ -112,10 +112,12 @@ class PolicyObjective:
             if weight_BTF is None:
                 weight_BTF = self._by_head(align_future(batch.weight_BT, self.n_future, 0.0), valid_BTF)
             return (weight_BTF * ce_BTF * valid_BTF).sum(), _sums(ce_BTF.detach(), weight_BTF, valid_BTF, batch)
-        weight_BTF = self._weigh(batch, ce_BTF.detach(), entropy_BTF, valid_BTF)
+        given_BTF = self._given(batch, ce_BTF.detach(), entropy_BTF)
+        weight_BTF = self._by_head(self._mixed(given_BTF, valid_BTF), valid_BTF)
         faults = _faults(weight_BTF, valid_BTF, self._population)
         total = (weight_BTF * ce_BTF * valid_BTF).sum() * torch.where(faults[:4].any(), torch.nan, 1.0)
-        return total, _sums(ce_BTF.detach(), weight_BTF, valid_BTF, batch) | {"faults": faults}
+        sums = _sums(ce_BTF.detach(), weight_BTF, valid_BTF, batch) | self._at_bounds(given_BTF, valid_BTF)
+        return total, sums | {"faults": faults}
 
     def summary(self, sums: Mapping[str, Tensor]) -> dict[str, float]:
         """Readable numbers from sums over all micro-batches and ranks; those that begin with `max_` are maxima."""
@@ -177,9 +179,19 @@ class PolicyObjective:
         return found
 
     def _weigh(self, batch: Batch, ce_BTF: Tensor, entropy_BTF: Tensor | None, valid_BTF: Tensor) -> Tensor:
+        return self._by_head(self._mixed(self._given(batch, ce_BTF, entropy_BTF), valid_BTF), valid_BTF)
+
+    def _given(self, batch: Batch, ce_BTF: Tensor, entropy_BTF: Tensor | None) -> Tensor:
+        """The weighting's own weights, neither mixed nor scaled by head."""
         lagged = {} if self.lag is None else {"lag": self.lag.known}
-        weight_BTF = self.method.weigh(vars(batch) | {"ce_BTF": ce_BTF, "entropy_BTF": entropy_BTF}, {**self.settings, **lagged})
-        return self._by_head(self._mixed(weight_BTF, valid_BTF), valid_BTF)
+        return self.method.weigh(vars(batch) | {"ce_BTF": ce_BTF, "entropy_BTF": entropy_BTF}, {**self.settings, **lagged})
+
+    def _at_bounds(self, given_BTF: Tensor, valid_BTF: Tensor) -> dict[str, Tensor]:
+        """How many targets' weights lie on a bound, where the weighting has bounds; counted on the device, as `notes` cannot be."""
+        if "weight_clip_min" not in self.settings:
+            return {}
+        low_BTF, high_BTF = given_BTF <= self.settings["weight_clip_min"], given_BTF >= self.settings["weight_clip_max"]
+        return {f"note_at_clip_{end}": (at & valid_BTF).sum().double() for end, at in (("min", low_BTF), ("max", high_BTF))}
 
     def _mixed(self, weight: Tensor, valid: Tensor) -> Tensor:
         return weight if self.mix == 1 else (1 + self.mix * (weight - 1)) * valid

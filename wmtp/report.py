@@ -15,6 +15,9 @@ Figures = Mapping[str, Mapping[str, Mapping[str, float]]]
 Grid = tuple[list[str], list[list[str]], int]
 
 ALPHA = 0.05
+OTHER_BUDGET = (
+    " †: the two took other steps or read other tokens (see above), so that the difference is not the weights' alone; never marked *."
+)
 Z_95 = NormalDist().inv_cdf(0.975)
 
 
@@ -28,9 +31,10 @@ def table(figures: Figures, differences: Sequence[Mapping[str, Any]], critic: Ma
         paragraph(f"In percent, ± one standard error over {problems}. CE: cross-entropy of head 0 on held-out programs, nats per token."),
         grid(*_costs(figures)),
         paragraph(
-            "FLOPs: the policy's own training; in total with the training of its critic or reference and the forward of that over the"
-            " policies' data, counted whole for every method that reads it. The warm-up, which all share, is not counted. Wall clock: in"
-            " MLflow and the logs."
+            "FLOPs: 2 a weight and position forward, 4 backward, at the positions that are computed: heads compute no prompt, the"
+            " vocabulary is computed at targets alone; attention between positions and padding are left out. First the policy's own"
+            " training; in total with the training of its critic or reference and the forward of that over the policies' data, counted"
+            " whole for every method that reads it. The warm-up, which all share, is not counted. Wall clock: in MLflow and the logs."
         ),
         f"## Differences from {differences[0]['against']}, and between the other methods",
         grid(*_differences(differences)),
@@ -38,6 +42,7 @@ def table(figures: Figures, differences: Sequence[Mapping[str, Any]], critic: Ma
             f"In points. Interval: percentiles of {resamples:,} paired bootstrap resamples of problems. p: paired bootstrap for pass@1,"
             f" exact McNemar for greedy. Holm p: adjusted for all {len(differences)} rows (*: below {ALPHA:g}). MDE: minimum detectable"
             " effect, the smallest true difference that one unadjusted 5 % test would find with 80 % power; n/a where no problem differs."
+            + (OTHER_BUDGET if any(_unequal(one) for one in differences) else "")
         ),
         "## Critic",
         paragraph(gate_line(critic)),
@@ -94,15 +99,19 @@ def _differences(differences: Sequence[Mapping[str, Any]]) -> Grid:
     header = ["method", "benchmark", "measure", "difference", "95 % interval", "p", "Holm p ", "MDE"]
     rows = [
         [
-            one["method"] if one["against"] == usual else f"{one['method']} - {one['against']}",
+            (one["method"] if one["against"] == usual else f"{one['method']} - {one['against']}") + ("†" if _unequal(one) else ""),
             title(one["benchmark"]), one["measure"], points(one["difference"]),
             f"{points(one['low'])} to {points(one['high'])}", p_value(one["p"]),
-            p_value(one["p_holm"]) + ("*" if one["p_holm"] < ALPHA else " "),
+            p_value(one["p_holm"]) + ("*" if one["p_holm"] < ALPHA and not _unequal(one) else " "),
             "n/a" if one["mde"] is None else f"{100 * one['mde']:.1f}",
         ]
         for one in differences
     ]  # fmt: skip
     return header, rows, 3
+
+
+def _unequal(one: Mapping[str, Any]) -> bool:
+    return not one["same_budget"]
 
 
 def _benchmarks(figures: Figures) -> list[str]:

@@ -64,6 +64,7 @@ class SharedObjective:
         trains_B = step.is_correct_B | (self.policy_on_incorrect == "weighted")
         shared = SharedStep(**vars(step), trains_B=trains_B)
         ready = self.policy.prepare(shared.policy_part())
+        self.value.prepare(shared)
         rate = self.value_coef * self.count(shared) / len(step.row_B)
         rate_B = torch.full(step.row_B.shape, rate, dtype=torch.float64)
         return replace(shared, weight_BT=ready.weight_BT, notes=ready.notes, value_rate_B=rate_B)

@@ -1,8 +1,8 @@
 """Arms times training seeds: what remains of a difference when problems and seeds are both drawn anew (METHODS, "Statistics").
 
-Arms of one seed read the same rows in the same order, so a contrast is paired by seed and by problem. All arms share the critic, the
-reference, the warm-up and the benchmarks: the intervals speak of other training seeds and other problems of the same kind, not of another
-critic or another draw of the training set.
+The two arms of a contrast read, with one seed, the same rows in the same order, so it is paired by seed and by problem. All arms share
+the critic, the reference, the benchmarks and, but for ntp_full, the warm-up: the intervals speak of other training seeds and other
+problems of the same kind, not of another critic, another start or another draw of the training set.
 """
 
 import itertools
@@ -17,6 +17,7 @@ import numpy as np
 from wmtp.compare import (
     ALPHA,
     BLOCK,
+    BUDGET,
     SEED,
     CompareError,
     Result,
@@ -26,14 +27,12 @@ from wmtp.compare import (
     mcnemar,
     minimum_detectable,
     read_result,
+    same_budget,
 )
 
 MEASURE = "pass@1"
 PRIMARY = (("verifiable", "baseline"), ("verifiable", "shuffled"), ("verifiable", "position_only"))
-# Arms that read pairs of a correct and an incorrect program, and the one of them that weighs uniformly: compared with each other alone.
-SHARED = ("verifiable_shared", "uniform_shared")
 MAX_ENUMERATED = 20
-BUDGET = ("steps", "tokens")
 
 
 @dataclass(frozen=True)
@@ -64,15 +63,24 @@ class Contrast:
     mde: float | None
 
 
-def read_arms(arms: Sequence[str], seeds: Sequence[int], metrics: Path, verdicts: Path) -> dict[str, list[Result]]:
-    """Each arm's results in the order of `seeds`, all comparable with each other; CompareError where one is missing or differs."""
-    found = {arm: [read_result(f"{arm}-{seed}", metrics, verdicts) for seed in seeds] for arm in arms}
+Controls = Mapping[str, str | None]
+"""The arm that each is compared with, None for these themselves (wmtp.blocks.controls)."""
+
+
+def read_arms(controls: Controls, seeds: Sequence[int], metrics: Path, verdicts: Path) -> dict[str, list[Result]]:
+    """Each arm's results in the order of `seeds`, all under the same conditions, those that are compared with one arm trained on the same
+    budget; CompareError where one is missing or differs.
+    """
+    found = {arm: [read_result(f"{arm}-{seed}", metrics, verdicts) for seed in seeds] for arm in controls}
     check_comparable([result for results in found.values() for result in results])
     for place, seed in enumerate(seeds):
-        budgets = {arm: tuple(results[place].training[key] for key in BUDGET) for arm, results in found.items()}
-        kinds = [{budget for arm, budget in budgets.items() if (arm in SHARED) == shared} for shared in (False, True)]
-        if any(len(kind) > 1 for kind in kinds):
-            raise CompareError(f"seed {seed}: the arms differ in {' and '.join(BUDGET)}: {budgets}; train them on the same data and budget")
+        for arm, control in controls.items():
+            one, other = found[arm][place], found[control or arm][place]
+            if not same_budget(one, other):
+                budgets = {name: {key: result.training[key] for key in BUDGET} for name, result in ((arm, one), (control, other))}
+                raise CompareError(
+                    f"seed {seed}: the arms differ in {' and '.join(BUDGET)}: {budgets}; train them on the same data and budget"
+                )
     return found
 
 
@@ -122,19 +130,11 @@ def contrast(arm: str, ours: np.ndarray, against: str, theirs: np.ndarray, bench
     )  # fmt: skip
 
 
-def contrasts(found: Mapping[str, Sequence[Result]], against: str, resamples: int) -> list[Contrast]:
-    """The primary contrasts whose arms are there, then every other arm against its control; Holm within each of the two.
-
-    The control is `against`, and for a shared critic the arm with the same value loss on the same rows.
-    """
-    if against not in found:
-        raise CompareError(f"study.arms: {against} is missing, expected it as the arm that all others are compared with")
-    pairs = [pair for pair in PRIMARY if set(pair) <= set(found)]
-    if SHARED[0] in found and SHARED[1] not in found:
-        raise CompareError(f"study.arms: {SHARED[0]} reads other rows than {against}, and {SHARED[1]}, its control, is missing; add that")
-    others = [(arm, against) for arm in found if arm not in (against, *SHARED) and (arm, against) not in pairs]
-    others += [SHARED] if SHARED[0] in found else []
-    benchmarks = list(found[against][0].evaluation)
+def contrasts(found: Mapping[str, Sequence[Result]], controls: Controls, resamples: int) -> list[Contrast]:
+    """The primary contrasts whose arms are there and read the same rows, then every other arm against its control; Holm within each."""
+    pairs = [(one, other) for one, other in PRIMARY if {one, other} <= set(found) and (controls[one] or one) == (controls[other] or other)]
+    others = [(arm, control) for arm, control in controls.items() if control and (arm, control) not in pairs]
+    benchmarks = list(next(iter(found.values()))[0].evaluation)
     score = {(arm, benchmark): scores(found[arm], benchmark) for arm in found for benchmark in benchmarks}
     tables = []
     for table in (pairs, others):

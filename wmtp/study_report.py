@@ -9,15 +9,27 @@ from wmtp.pages import GREY, colour, grid, p_value, panels, paragraph, points, t
 ALPHA = 0.05
 
 
-def page(arms: Sequence[Mapping[str, Any]], contrasts: Sequence[Mapping[str, Any]], benchmarks: Sequence[str], resamples: int) -> str:
-    """The page as GitHub markdown from rows of arms.csv and contrasts.csv."""
+def page(
+    arms: Sequence[Mapping[str, Any]],
+    contrasts: Sequence[Mapping[str, Any]],
+    benchmarks: Sequence[str],
+    resamples: int,
+    starts: Mapping[str, Mapping[str, Mapping[str, float]]],
+) -> str:
+    """The page as GitHub markdown from rows of arms.csv and contrasts.csv.
+
+    `starts` holds the evaluation of the models that trainings start from: "" the common one, else the arm's own.
+    """
     n_seeds, primary = arms[0]["seeds"], [one for one in contrasts if one["primary"]]
     others = [one for one in contrasts if not one["primary"]]
     counts = " and ".join(f"{one} problems ({title(name)})" for name, one in {c["benchmark"]: c["n_problems"] for c in contrasts}.items())
     blocks = [
         "## Arms",
         grid(*_arms(arms, benchmarks)),
-        paragraph(f"{_budgets(arms)}. FLOPs: the policy's own training; in total with its critic or reference."),
+        paragraph(
+            f"{_budgets(arms)}. FLOPs of the positions that are computed, without attention between them and padding: the policy's own"
+            " training; in total with its critic or reference."
+        ),
         paragraph(
             f"pass@1 in percent, mean of {n_seeds} training seeds ± their standard deviation; {counts}. CE: head 0, held-out programs."
         ),
@@ -37,15 +49,25 @@ def page(arms: Sequence[Mapping[str, Any]], contrasts: Sequence[Mapping[str, Any
         ),
         "## What the intervals cover",
         paragraph(
-            "Training seeds (the order of the rows, and sampling) and the choice of problems. One critic, one reference, one warm-up and"
+            "Training seeds (the order of the rows, and sampling) and the choice of problems. One critic, one reference, one start and"
             " one draw of the training data stand behind all arms: another critic may move these numbers beyond the intervals."
+            + "".join(
+                f" {arm} has a start of its own, which its contrasts hold too: {_scores(starts[arm], benchmarks)}; the others'"
+                f" {_scores(starts[''], benchmarks)}."
+                for arm in starts
+                if arm
+            )
         ),
     ]
     return "\n\n".join(blocks) + "\n"
 
 
+def _scores(evaluation: Mapping[str, Mapping[str, float]], benchmarks: Sequence[str]) -> str:
+    return " and ".join(f"{100 * evaluation[name]['pass@1']:.1f} % ({title(name)})" for name in benchmarks)
+
+
 def _budgets(arms: Sequence[Mapping[str, Any]]) -> str:
-    """Who took how many steps over how many tokens: all arms the same, but for those that read other rows."""
+    """Who took how many steps over how many tokens: all arms the same, but for those that read pairs."""
     named: dict[str, list[str]] = {}
     for arm in arms:
         named.setdefault(f"{arm['steps']:.0f} steps, {arm['tokens']:,.0f} tokens", []).append(arm["arm"])

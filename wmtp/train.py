@@ -274,7 +274,7 @@ def record(model: nn.Module, plan: Plan, start: Path) -> dict[str, Any]:
     """What the metadata of a trained model tell of its training."""
     rows = plan.rows_read()
     learned_from = provenance.with_start(problems_of(plan.data, rows), start)
-    return {"n_steps": plan.n_steps, "flops": flops.training(model, int(plan.data.lengths[rows].sum())), "learned_from": learned_from}
+    return {"n_steps": plan.n_steps, "flops": flops.training(model, *_extents(plan.data, rows)), "learned_from": learned_from}
 
 
 def account(model: nn.Module, objective: Objective, plan: Plan, last: Mapping[str, float], signal_flops: int = 0) -> dict[str, float]:
@@ -282,18 +282,32 @@ def account(model: nn.Module, objective: Objective, plan: Plan, last: Mapping[st
 
     `train_flops` are the policy's own, `total_flops` with those of the signal that weighed it.
     """
-    n_tokens = int(plan.data.lengths[plan.rows_read()].sum())
-    spent = flops.training(model, n_tokens) + flops.forward(model, _scored_first(objective, plan, n_tokens))
+    data, rows = plan.data, plan.rows_read()
+    # With a shared critic, incorrect rows may have targets of head 0 alone, for their running surprise.
+    all_heads_R = data.is_correct[rows] if getattr(objective, "policy_on_incorrect", None) == "value_only" else None
+    spent = flops.training(model, *_extents(data, rows), all_heads_R)
+    spent += flops.training_forward(model, *_extents(data, _scored_first(objective, plan)))
     policy = getattr(model, "trunk", model)
-    figures = {"steps": plan.n_steps, "tokens": n_tokens, "parameters": sum(parameter.numel() for parameter in policy.parameters())}
+    figures = {
+        "steps": plan.n_steps,
+        "tokens": int(data.lengths[rows].sum()),
+        "parameters": sum(parameter.numel() for parameter in policy.parameters()),
+    }
     figures |= {"train_flops": spent, "signal_flops": signal_flops, "total_flops": spent + signal_flops}
     return figures | {f"last_{key}": last[key] for key in ("loss", "ce")}
 
 
-def _scored_first(objective: Objective, plan: Plan, n_tokens: int) -> int:
-    """Tokens of the steps that go forward once more, before their losses are taken (PolicyObjective.scored_first)."""
-    first_step = int(plan.data.lengths[step_rows(plan.units, plan.per_step, plan.seed, 0)].sum())
-    return n_tokens if getattr(objective, "two_pass", False) else first_step if getattr(objective, "lag", None) else 0
+def _extents(data: TokenData, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens of each row, and where its response starts."""
+    return data.lengths[rows], data.response_start[rows]
+
+
+def _scored_first(objective: Objective, plan: Plan) -> np.ndarray:
+    """Row numbers of the steps that go forward once more, before their losses are taken (PolicyObjective.scored_first)."""
+    if getattr(objective, "two_pass", False):
+        return plan.rows_read()
+    first_step = step_rows(plan.units, plan.per_step, plan.seed, 0).reshape(-1)
+    return first_step if getattr(objective, "lag", None) else first_step[:0]
 
 
 @torch.no_grad()

@@ -14,8 +14,9 @@ from wmtp.weighting.lag import Known, recalled
 
 # 0.55 * 100 is 55.00000000000001 in binary; the slack keeps ceil from counting that as 56, and floor from losing one.
 _SLACK = 1e-9
-# Beyond every score, and finite, so that a running mean of thresholds stays a number.
-_FAR = 1e30
+# How far beyond its scores the threshold of a population lies that is selected whole or not at all: one nat, or one standard deviation of
+# z-scores. More than rounding, and of the size of the scores: in a running mean of thresholds one far number would decide all later steps.
+_BEYOND = 1.0
 
 
 def select_top(score: Tensor, valid: Tensor, keep_fraction: float) -> Tensor:
@@ -28,7 +29,7 @@ def topk(score: Tensor, valid: Tensor, *, keep_fraction: float, lag: Known | Non
     if lag is None:
         return mean_one(select_top(score, valid, keep_fraction), valid)
     m = torch.ceil(_count(valid).double() * keep_fraction - _SLACK).clamp(min=1)
-    return mean_one(score >= recalled(lag, "threshold", lambda: _threshold(score, valid, m)), valid, lag=lag)
+    return mean_one(_reaching(score, valid, m, lag, keep_fraction == 1), valid, lag=lag)
 
 
 def tokenskip(score: Tensor, valid: Tensor, *, drop_fraction: float, lag: Known | None = None) -> Tensor:
@@ -36,7 +37,7 @@ def tokenskip(score: Tensor, valid: Tensor, *, drop_fraction: float, lag: Known 
     m = (_count(valid) - torch.floor(_count(valid).double() * drop_fraction + _SLACK)).clamp(min=1)
     if lag is None:
         return mean_one(_best(score, valid, m), valid)
-    return mean_one(score >= recalled(lag, "threshold", lambda: _threshold(score, valid, m)), valid, lag=lag)
+    return mean_one(_reaching(score, valid, m, lag, drop_fraction == 0), valid, lag=lag)
 
 
 def weighted(score: Tensor, valid: Tensor, *, temperature: float, lag: Known | None = None) -> Tensor:
@@ -52,6 +53,8 @@ def weighted(score: Tensor, valid: Tensor, *, temperature: float, lag: Known | N
 def percentile_emphasis(score: Tensor, valid: Tensor, *, percentile: float, alpha: float, lag: Known | None = None) -> Tensor:
     """Proportional to max(s, 0) * 1[s > threshold] + alpha; the threshold is the ceil(percentile * N)-th lowest score, percentile 0..1."""
     m = _count(valid) - torch.ceil(_count(valid).double() * percentile - _SLACK).clamp(min=1)
+    if percentile == 1:  # nobody, whatever an earlier step was like
+        return mean_one(torch.full_like(score, alpha), valid, lag=lag)
     above = score > recalled(lag, "threshold", lambda: _threshold(score, valid, m))
     return mean_one(score.double().clamp(min=0) * above + alpha, valid, lag=lag)
 
@@ -67,15 +70,22 @@ def mean_one(u: Tensor, valid: Tensor, *, lag: Known | None = None) -> Tensor:
     return (u / recalled(lag, "mean", lambda: total / _count(valid))).float()
 
 
+def _reaching(score: Tensor, valid: Tensor, m: Tensor, lag: Known, all_kept: bool) -> Tensor:
+    """Scores at or above the threshold of the m highest; `all_kept` is a budget of everything, in every step and not in this one alone."""
+    return valid if all_kept else score >= recalled(lag, "threshold", lambda: _threshold(score, valid, m))
+
+
 def _threshold(score: Tensor, valid: Tensor, m: Tensor) -> Tensor:
     """Half way between the m-th and the (m+1)-th highest score: the last bit of a second forward moves no score across it.
 
-    Where all are selected it is below any score, where none is, above.
+    Where all are selected it is below the lowest, where none is, above the highest; 0 for a group without entries.
     """
-    ordered, last = score.double().masked_fill(~valid, -torch.inf).sort(-1, descending=True).values, score.shape[-1] - 1
-    below, above = (ordered.gather(-1, place.long().clamp(0, last)) for place in (m, m - 1))
-    found = torch.where(m >= _count(valid), -_FAR, (below + above) / 2)
-    return torch.where(m < 1, _FAR, found)
+    n, last = _count(valid), score.shape[-1] - 1
+    ordered = score.double().masked_fill(~valid, -torch.inf).sort(-1, descending=True).values
+    next_one, m_th = (ordered.gather(-1, place.long().clamp(0, last)) for place in (m, m - 1))
+    found = torch.where(m >= n, m_th - _BEYOND, (next_one + m_th) / 2)
+    found = torch.where(m < 1, next_one + _BEYOND, found)
+    return torch.where(n > 0, found, 0.0)
 
 
 def _best(score: Tensor, valid: Tensor, m: Tensor) -> Tensor:
