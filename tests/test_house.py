@@ -18,7 +18,7 @@ from wmtp.weighting import METHODS, method_of
 
 # Rooms by wing, a list a floor, lowest first. An import goes to a strictly lower floor, and never from one wing into the other.
 BOTH = [
-    "records blocks progress gate dependencies",
+    "records blocks faults progress gate dependencies",
     "arms",
     "params protocols overlay launch runstore splits",
     "view benchmarks tracking",

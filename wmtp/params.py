@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, Validatio
 
 from wmtp.arms import controls
 from wmtp.blocks import reads_pairs
+from wmtp.faults import one_line
 
 Positive = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -44,7 +45,11 @@ class Lagged(Section):
 
 Scope = Annotated[
     Annotated[Literal["sequence", "two_pass"], Tag("scored")] | Annotated[Lagged, Tag("lagged")],
-    Discriminator(lambda value: "lagged" if isinstance(value, dict | Lagged) else "scored"),
+    Discriminator(
+        lambda value: "lagged" if isinstance(value, dict | Lagged) else "scored" if value in ("sequence", "two_pass") else None,
+        custom_error_type="scope",
+        custom_error_message="Input should be sequence, two_pass or {kind: lagged, ema: 0.0}",
+    ),
     Field(
         description="population of the weights: sequence, each row; two_pass, the whole step, by a forward without gradients first;"
         " lagged, the whole step before"
@@ -543,15 +548,19 @@ class Params(Section):
             if self.training.batch_rows % 2 and reads_pairs(block) and not idle:
                 raise ValueError(
                     f"training.batch_rows {self.training.batch_rows} is odd, but methods.{name} trains on pairs of one correct and one"
-                    " incorrect row (its critic or policy_on_incorrect)"
+                    " incorrect row (its critic or policy_on_incorrect); make it even"
                 )
         return self
 
     @model_validator(mode="after")
     def _study_names_methods(self) -> "Params":
         for arm in self.study.arms:
-            if arm not in self.methods or "-" in arm:
-                raise ValueError(f"study.arms: {arm!r} is none of methods: {', '.join(self.methods)}")
+            if arm not in self.methods:
+                raise ValueError(
+                    f"study.arms: {arm!r} is none of methods: {', '.join(self.methods)}; correct its spelling or add methods.{arm}"
+                )
+            if "-" in arm:
+                raise ValueError(f"study.arms: {arm!r} has a hyphen, which parts arm and seed in the names of the study; rename its block")
         controls({arm: self.methods[arm] for arm in self.study.arms})
         return self
 
@@ -561,26 +570,7 @@ def validate(values: dict[str, Any], where: str = "params.yaml") -> Params:
     try:
         return Params.model_validate(values)
     except ValidationError as error:
-        raise ParameterError(_one_line(error, where)) from None
-
-
-def _one_line(error: ValidationError, where: str) -> str:
-    first = error.errors()[0]
-    key = ".".join(str(part) for part in first["loc"]) or "(top level)"
-    found = first["input"]
-    if first["type"] == "missing":
-        return f"{where}: {key}: this key is missing; add it (wmtp/params.py says what it means)"
-    if first["type"] == "extra_forbidden":
-        return f"{where}: {key}: unknown key; remove it or correct its spelling"
-    if isinstance(found, str) and re.fullmatch(r"[-+]?\d+[eE][-+]?\d+", found):
-        mantissa, exponent = re.split("[eE]", found)
-        return f"{where}: {key}: YAML reads {found} as text, expected a number; write {mantissa}.0e{exponent}"
-    return f"{where}: {key}: {first['msg']}, found {_short(found)}"
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
+        raise ParameterError(one_line(error, values, Params, where)) from None
 
 
 class _Loader(yaml.SafeLoader):
