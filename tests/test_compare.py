@@ -399,6 +399,7 @@ def test_selected_holds_the_numbers_of_the_reported_method(root):
         assert chosen[benchmark] == {key: value for key, value in figures.items() if key != "protocol_sha256"}
 
 
+@pytest.mark.slow
 def test_equal_results_give_equal_bytes_in_any_order_of_lines(root):
     run_stage(root, root / "one")
     for path in (root / "verdicts").glob("*.jsonl"):

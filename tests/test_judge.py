@@ -150,6 +150,7 @@ def Yes(): return Made
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("source", AGREEABLE.values(), ids=AGREEABLE)
 def test_values_that_agree_with_everything_fail(source):
     for task in (ASSERTS, CHECK):
@@ -288,6 +289,7 @@ sys.stdout = Output()
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("program", STANDALONE.values(), ids=STANDALONE)
 def test_right_standalone_programs_pass(program):
     assert outcome(STDIO, program).verdict == "pass"

@@ -152,6 +152,7 @@ FAULTS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", FAULTS)
 def test_what_cannot_be_judged_is_one_line(tmp_path, fault):
     problems, drawn, expected = FAULTS[fault]

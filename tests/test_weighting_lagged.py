@@ -393,5 +393,5 @@ def test_a_wrong_scope_is_one_line():
     with pytest.raises(params.ParameterError, match=r"methods\.rho1.*ema: Input should be less than 1, found 1\.5"):
         params.validate(values)
     values["methods"]["rho1"]["scope"] = "lagged"
-    with pytest.raises(params.ParameterError, match=r"methods\.rho1.*scope.*'sequence' or 'two_pass', found 'lagged'"):
+    with pytest.raises(params.ParameterError, match=r"methods\.rho1\.scope: .*two_pass or \{kind: lagged, ema: 0\.0\}, found 'lagged'"):
         params.validate(values)
