@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from stages import run
+from wmtp.arms import controls
 from wmtp.blocks import reads_beta
 from wmtp.bundle import bundle_sha256
 from wmtp.records import sha256_file, write_text
@@ -16,6 +17,7 @@ from wmtp.weighting import method_of
 
 
 def work(params: Any, track: Any, scores: str, out: str, start: str, *others: str) -> dict[str, Any]:
+    controls({arm: params.methods[arm] for arm in params.study.arms})  # refused here, before anything trains
     starts = dict(other.split("=", 1) for other in others)
     for arm in params.study.arms:
         block, own = params.methods[arm], starts.get(arm, start)

@@ -147,8 +147,9 @@ def test_arms_of_a_study_have_a_control_that_reads_the_same_rows():
         (("baseline", "on_pairs"), "on_pairs reads pairs, .* expected a block with weighting constant_critic"),
         (("baseline", "verifiable_shared", "even"), "verifiable_shared reads pairs with a shared critic, .* as uniform_shared; add it"),
     ):
-        with pytest.raises(ParameterError, match=told):
-            validate(with_arms(*arms, **blocks))
+        found = validate(with_arms(*arms, **blocks))
+        with pytest.raises(ValueError, match=told):
+            controls({arm: found.methods[arm] for arm in found.study.arms})
 
 
 def test_files_that_cannot_be_read(tmp_path):

@@ -10,7 +10,6 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
 
-from wmtp.arms import controls
 from wmtp.blocks import reads_pairs
 from wmtp.faults import one_line
 
@@ -561,7 +560,6 @@ class Params(Section):
                 )
             if "-" in arm:
                 raise ValueError(f"study.arms: {arm!r} has a hyphen, which parts arm and seed in the names of the study; rename its block")
-        controls({arm: self.methods[arm] for arm in self.study.arms})
         return self
 
 

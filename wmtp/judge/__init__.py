@@ -153,14 +153,19 @@ def judge(jobs: Sequence[tuple[Problem, str]], limits: Limits, workers: int, on_
     return [outcomes[line] for line in lines]
 
 
+def for_references(limits: Limits) -> Limits:
+    """Four times as long: some references come near the usual limit, and a slow machine must not fail them."""
+    return dataclasses.replace(limits, cpu_seconds=4 * limits.cpu_seconds, wall_seconds=4 * limits.wall_seconds)
+
+
 def self_check(problems: Sequence[Problem], limits: Limits, workers: int) -> dict:
-    """Judges every reference.
+    """Judges every reference within `for_references(limits)`.
 
     n_problems, n_passed, n_inside (tests ran inside the sample), n_without_reference, harness_errors, the sorted task_ids in `failed`,
     tier, python.
     """
     referenced = [problem for problem in problems if problem.reference is not None]
-    outcomes = judge([(problem, problem.reference) for problem in referenced], limits, workers)
+    outcomes = judge([(problem, problem.reference) for problem in referenced], for_references(limits), workers)
     return {
         "n_problems": len(problems),
         "n_passed": sum(outcome.verdict == "pass" for outcome in outcomes),

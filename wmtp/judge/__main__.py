@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from wmtp.judge import Limits, Outcome, judge, require_strong, tier
+from wmtp.judge import Limits, Outcome, for_references, judge, require_strong, tier
 from wmtp.judge.attacks import ATTACKS, RIGHT, TASK
 from wmtp.judge.evalplus import Suites, read_suites
 from wmtp.judge.files import Sample, is_evalplus, left_out, read_problems, read_samples
@@ -198,7 +198,7 @@ def check(path: str | None, limits: Limits, workers: int) -> int:
 
 def check_references(name: str, problems: Sequence[Problem], suites: Suites, limits: Limits, workers: int) -> bool:
     with_reference = [problem for problem in problems if problem.reference is not None]
-    outcomes = judged([(problem, problem.reference) for problem in with_reference], suites.limits, limits, workers)
+    outcomes = judged([(problem, problem.reference) for problem in with_reference], suites.limits, for_references(limits), workers)
     n_passed, n_inside = sum(made.verdict == "pass" for made in outcomes), sum(made.inside for made in outcomes)
     print(f"{name}references: {n_passed} of {len(problems)} pass, {n_inside} by tests inside the sample")
     for problem, made in zip(with_reference, outcomes):
