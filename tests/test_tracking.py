@@ -187,7 +187,9 @@ def test_all_that_a_stage_says_arrives(home):
 )
 def test_the_end_of_the_block_is_the_status_of_the_run(home, end, code, status):
     experiment = f"end-{code}-{len(end)}"
+    # A job that a shell started with & inherits an ignored SIGINT.
     program = f"""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     with stage_run("s", {{}}, True) as run:
         run.log(1, {{"loss": 1.0}})
         {end}
