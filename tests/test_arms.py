@@ -78,6 +78,14 @@ def test_only_the_arms_that_read_a_key_change_with_it(micro, scores):
     assert json.loads(before["verifiable"])["beta"] == 0.9 and "beta" not in json.loads(before["verifiable_beta_03"])
 
 
+def test_arms_without_their_control_are_refused_before_anything_trains(micro, scores):
+    seen = view("arms")
+    seen.study.arms.remove("uniform_shared")
+    with pytest.raises(ValueError, match=r"verifiable_shared reads pairs with a shared critic, .* as uniform_shared; add it to study.arms"):
+        describe_arms.work(seen, QUIET, str(scores), str(scores.parent / "none"), str(micro.bundle))
+    assert not (scores.parent / "none").exists()
+
+
 def trained(micro, scores, arm, out, **training):
     """The log of one cell, whose stage sees what study/dvc.yaml declares for it."""
     folder, _ = described(micro, scores, out, **training)

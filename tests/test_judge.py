@@ -495,6 +495,13 @@ def mbpp():
     return read_mbpp(real("mbpp/mbpp.jsonl"))
 
 
+def test_a_reference_has_four_times_the_limits_and_a_program_has_not():
+    slow = "import time\nwhile time.process_time() < 0.9: pass\n" + RIGHT
+    task, limits = problem(AssertTests(asserts=["assert add(1, 2) == 3"]), reference=slow), Limits(cpu_seconds=0.5)
+    assert judge([(task, slow)], limits, 1)[0].verdict == "timeout"
+    assert self_check([task], limits, 1)["n_passed"] == 1
+
+
 def test_references_of_humaneval_pass():
     report = self_check(humaneval(), Limits(), 2)
     assert (report["n_passed"], report["n_inside"], report["failed"]) == (164, 0, [])
