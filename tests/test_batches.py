@@ -101,7 +101,7 @@ def test_collate_pads_with_silence():
 def test_collate_reads_token_data(data):
     batch = collate(data, np.array([3, 0]))
     for place, row in enumerate((3, 0)):
-        assert batch.tokens_BT[place, : data.lengths[row]].tolist() == data.rows[row]["input_ids"].tolist()
+        assert batch.tokens_BT[place, : data.lengths[row]].tolist() == data.rows["input_ids"][int(row)].as_py()
         assert int(batch.response_BT[place].sum()) == data.lengths[row] - data.response_start[row]
         assert batch.is_correct_B[place] == data.is_correct[row]
         assert batch.span_B2[place].tolist() == data.spans()[row].tolist() and batch.span_B2.dtype == torch.int64

@@ -97,7 +97,7 @@ def brute_force_loss(model, name, data, rows):
         weight_BT = METHODS[name].function()(step.signal_BT, step.response_BT, **ADVANTAGE)
     total, count = torch.zeros((), dtype=torch.float64), 0
     for place, row in enumerate(rows):
-        ids = torch.from_numpy(data.input_ids([row])[0]).long()
+        ids = torch.tensor(data.input_ids([row])[0], dtype=torch.long)
         P, T = int(data.response_start[row]), len(ids)
         scores = model(ids[None])[0].log_softmax(-1)
         ce = {(i, h): -scores[i - h - 1, h, ids[i]] for i in range(P, T) for h in range(scores.shape[1]) if i - h - 1 >= 0}
@@ -450,7 +450,7 @@ def test_validation_is_the_mean_loss_of_each_head_over_correct_programs(micro):
     data, model = TokenData(micro.processed, "validation"), start_model(micro.bundle)
     losses = [[], [], []]
     for row in data.correct_rows():
-        ids = torch.from_numpy(data.input_ids([row])[0]).long()
+        ids = torch.tensor(data.input_ids([row])[0], dtype=torch.long)
         scores = model(ids[None])[0].log_softmax(-1)
         for i in range(int(data.response_start[row]), len(ids)):
             for h in range(3):

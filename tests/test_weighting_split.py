@@ -29,7 +29,7 @@ SCOPED = [
 CASES = [*METHODS, *SCOPED]
 QUICK = ["baseline", "verifiable", "rho1", "verifiable_shared"]
 SHARDED = ["verifiable_shared", "rho1 lagged"]  # trained over many steps with FSDP too; its gradients are compared for all
-N_STEPS = 15
+N_STEPS = 9
 
 
 def objective_of(name, plan):

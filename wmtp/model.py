@@ -26,18 +26,17 @@ class RMSNorm(nn.Module):
         return (x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + self.eps)).to(x_BTD.dtype) * self.weight
 
 
-def rotary_table(length: int, head_dim: int, theta: float, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
-    """cos and sin [length, H/2], computed in float64 (angles at far positions lose digits in float32)."""
+def rotary_table(length: int, head_dim: int, theta: float, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """e^(i angle) [length, H/2], computed in complex128 (angles at far positions lose digits in float32); `dtype` is complex."""
     frequency = theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float64, device=device) / head_dim)
     angle = torch.outer(torch.arange(length, dtype=torch.float64, device=device), frequency)
-    return angle.cos().to(dtype), angle.sin().to(dtype)
+    return torch.polar(torch.ones_like(angle), angle).to(dtype)
 
 
-def rotate(x_BTNH: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotates interleaved pairs; cos and sin are [T, H/2], or [B, T, H/2] when rows stand at different positions."""
-    even, odd = x_BTNH.unflatten(-1, (-1, 2)).unbind(-1)
-    cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)
-    return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2).to(x_BTNH.dtype)
+def rotate(x_BTNH: Tensor, turn: Tensor) -> Tensor:
+    """Rotates interleaved pairs, as complex numbers; `turn` is [T, H/2], or [B, T, H/2] when rows stand at different positions."""
+    pairs = torch.view_as_complex(x_BTNH.unflatten(-1, (-1, 2)).to(turn.real.dtype))
+    return torch.view_as_real(pairs * turn.unsqueeze(-2)).flatten(-2).to(x_BTNH.dtype)
 
 
 class BlockCache:
@@ -62,10 +61,9 @@ class BlockCache:
 
 @dataclass
 class Context:
-    """What every block of one forward shares: rotary angles, which keys a query may see (None: plain causal), positions, cached length."""
+    """What every block of one forward shares: rotary turns, which keys a query may see (None: plain causal), positions, cached length."""
 
-    cos: Tensor
-    sin: Tensor
+    turn: Tensor
     mask: Tensor | None
     position_BT: Tensor | None
     length: int
@@ -82,9 +80,8 @@ class Attention(nn.Module):
 
     def forward(self, x_BTD: Tensor, context: Context, cache: BlockCache | None, first: int) -> Tensor:
         """Attended [B, T - first, D]: every position is a key, those from `first` on are queries."""
-        cos, sin = context.cos[..., first:, :], context.sin[..., first:, :]
-        q = rotate(self.wq(x_BTD[:, first:]).unflatten(-1, (self.n_heads, self.head_dim)), cos, sin)
-        k = rotate(self.wk(x_BTD).unflatten(-1, (self.n_kv_heads, self.head_dim)), context.cos, context.sin)
+        q = rotate(self.wq(x_BTD[:, first:]).unflatten(-1, (self.n_heads, self.head_dim)), context.turn[..., first:, :])
+        k = rotate(self.wk(x_BTD).unflatten(-1, (self.n_kv_heads, self.head_dim)), context.turn)
         v = self.wv(x_BTD).unflatten(-1, (self.n_kv_heads, self.head_dim))
         if cache is None:
             k, v = k.transpose(1, 2), v.transpose(1, 2)
@@ -143,13 +140,14 @@ class Transformer(nn.Module):
     def __init__(self, args: ModelArgs):
         super().__init__()
         self.args = args
-        # Given, not initialised by nn.Embedding: on the meta device that imports torch._dynamo, a second in every process.
-        self.tok_embeddings = nn.Embedding(args.vocab_size, args.dim, _weight=torch.randn(args.vocab_size, args.dim))
+        # Given, not initialised by nn.Embedding: on the meta device a normal draw imports torch._dynamo, a second in every process.
+        embeddings = torch.empty(args.vocab_size, args.dim)
+        self.tok_embeddings = nn.Embedding(args.vocab_size, args.dim, _weight=embeddings if embeddings.is_meta else embeddings.normal_())
         self.layers = nn.ModuleList(Block(args) for _ in range(args.n_trunk))
         self.extra_heads = nn.ModuleList(Block(args) for _ in range(args.n_future_tokens - 1))
         self.norm = RMSNorm(args.dim, args.norm_eps)
         self.output = nn.Linear(args.dim, args.vocab_size, bias=False)
-        self._rotary: tuple[Tensor, Tensor] | None = None
+        self._rotary: Tensor | None = None
 
     @property
     def n_future(self) -> int:
@@ -200,18 +198,16 @@ class Transformer(nn.Module):
     def _context(self, tokens_BT: Tensor, cache: Cache | None, position_BT: Tensor | None) -> Context:
         T = tokens_BT.shape[1]
         if cache is None:
-            cos, sin = self._angles(T)
-            return Context(cos[:T], sin[:T], None, None, T)
+            return Context(self._turns(T)[:T], None, None, T)
         length = int(position_BT.max()) + 1
-        cos, sin = self._angles(length)
         mask = torch.arange(length, device=tokens_BT.device) <= position_BT[:, None, :, None]
-        return Context(cos[position_BT], sin[position_BT], mask, position_BT, length)
+        return Context(self._turns(length)[position_BT], mask, position_BT, length)
 
-    def _angles(self, length: int) -> tuple[Tensor, Tensor]:
+    def _turns(self, length: int) -> Tensor:
         weight = self.norm.weight
-        dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+        dtype = torch.complex128 if weight.dtype == torch.float64 else torch.complex64
         table = self._rotary
-        if table is None or len(table[0]) < length or table[0].device != weight.device or table[0].dtype != dtype:
+        if table is None or len(table) < length or table.device != weight.device or table.dtype != dtype:
             with torch.inference_mode(False):
                 self._rotary = table = rotary_table(max(length, 256), self.args.head_dim, self.args.rope_theta, dtype, weight.device)
         return table

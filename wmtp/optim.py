@@ -24,5 +24,5 @@ def build_optimizer(model: nn.Module, settings: Any) -> torch.optim.AdamW:
         {"params": [parameter for parameter in trained if parameter.ndim < 2], "weight_decay": 0.0},
     ]
     return torch.optim.AdamW(
-        [group for group in groups if group["params"]], lr=0.0, betas=tuple(settings.betas), eps=settings.eps, foreach=True
+        [group for group in groups if group["params"]], lr=0.0, betas=tuple(settings.betas), eps=settings.eps, fused=True
     )

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
 from wmtp.bundle import atomic_directory
 from wmtp.protocols import instruction_of, render_prompt
@@ -116,7 +117,6 @@ def _token_span(tokenizer: Tokenizer, response_ids: list[int], span: tuple[int, 
 
 def write_split(path: Path, rows: list[Row], problems: list[Problem]) -> dict[str, Any]:
     """An Arrow data set of rows and, beside it, the problem index; returns counts for the report. Equal rows give equal bytes."""
-    import pyarrow as pa
     from datasets import Dataset, disable_progress_bars
 
     disable_progress_bars()
@@ -154,12 +154,21 @@ def write_split(path: Path, rows: list[Row], problems: list[Problem]) -> dict[st
     }  # fmt: skip
 
 
+def read_rows(folder: Path) -> pa.Table:
+    """What Dataset.save_to_disk wrote, memory-mapped. Read by pyarrow: importing datasets takes a second of every process."""
+    names = [file["filename"] for file in json.loads((folder / "state.json").read_text())["_data_files"]]
+    return pa.concat_tables(pa.ipc.open_stream(pa.memory_map(str(folder / name))).read_all() for name in names)
+
+
+def _numpy(array: pa.Array) -> np.ndarray:
+    """Its numbers where they lie; pyarrow's own to_numpy imports pandas."""
+    return np.from_dlpack(array)
+
+
 class TokenData:
     """A split on disk, memory-mapped: only the rows that are asked for are read."""
 
     def __init__(self, processed: str | Path, split: str):
-        from datasets import load_from_disk
-
         self.path = Path(processed) / split
         if not (self.path / "rows").is_dir():
             raise TokenError(f"{self.path}: no token data there; run prepare-and-validate-datasets (dvc repro)")
@@ -169,7 +178,7 @@ class TokenData:
         self.problems: list[dict[str, Any]] = json.loads((self.path / "problems.json").read_text())
         if not self.problems:
             raise TokenError(f"{self.path}: the split is empty; raise its share in data.splits or add data")
-        self.rows = load_from_disk(str(self.path / "rows")).with_format("numpy")
+        self.rows = read_rows(self.path / "rows")
         self.lengths = self._column("length")
         self.response_start = self._column("response_start")
         self.problem_of = self._column("problem")
@@ -177,13 +186,15 @@ class TokenData:
         self._spans = np.stack([self._column("span_start"), self._column("span_end")], axis=1)
 
     def _column(self, name: str) -> np.ndarray:
-        return np.asarray(self.rows.data.column(name).to_numpy())
+        column = self.rows.column(name)
+        return _numpy((column.cast("uint8") if column.type == "bool" else column).combine_chunks())
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def input_ids(self, rows: Sequence[int]) -> list[np.ndarray]:
-        return list(self.rows[list(map(int, rows))]["input_ids"])
+        column = self.rows.column("input_ids")
+        return [_numpy(column[int(row)].values) for row in rows]
 
     def spans(self) -> np.ndarray:
         """[rows, 2] token positions of the known first difference, -1 where unknown."""
