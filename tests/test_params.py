@@ -146,6 +146,7 @@ def test_arms_of_a_study_have_a_control_that_reads_the_same_rows():
     for arms, told in (
         (("baseline", "on_pairs"), "on_pairs reads pairs, .* expected a block with weighting constant_critic"),
         (("baseline", "verifiable_shared", "even"), "verifiable_shared reads pairs with a shared critic, .* as uniform_shared; add it"),
+        (("baseline", "even"), "study.arms: baseline, even: each is"),
     ):
         found = validate(with_arms(*arms, **blocks))
         with pytest.raises(ValueError, match=told):

@@ -10,7 +10,8 @@ def controls(arms: Mapping[str, Any]) -> dict[str, str | None]:
     """The arm of a study that each of `arms`, blocks by name, is compared with; None for those arms themselves.
 
     Arms are compared where they read the same rows: those that read correct programs with the baseline, those that read pairs with the
-    arm of uniform weights on these pairs, for a shared critic one that has its value loss too. ValueError where an arm has no such arm.
+    arm of uniform weights on these pairs, for a shared critic one that has its value loss too. ValueError where an arm has no such arm,
+    and where there is none but such arms.
     """
     found = {name: _kind(block) for name, block in arms.items()}
     base = {_kind(block): name for name, block in reversed(arms.items()) if _uniform(name, block)}
@@ -19,6 +20,8 @@ def controls(arms: Mapping[str, Any]) -> dict[str, str | None]:
             f"study.arms: {alone[0]} reads {found[alone[0]]}, and no arm beside it does so with uniform weights; expected"
             f" {CONTROLS[found[alone[0]]]}; add it to study.arms"
         )
+    if len(base) == len(found):
+        raise ValueError(f"study.arms: {', '.join(found)}: each is what others are compared with; expected at least one arm beside them")
     return {name: None if name == base[kind] else base[kind] for name, kind in found.items()}
 
 
