@@ -4,7 +4,7 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
-from wmtp.params import AnyMethod
+from wmtp.method_schema import AnyMethod
 from wmtp.policy import PolicyObjective, policy_objective
 from wmtp.weighting import METHODS
 

@@ -44,7 +44,7 @@ def test_a_missing_key_is_missing_where_the_message_says(section):
 
 
 VERIFIABLE = "params.yaml: methods.verifiable"
-KEYS = "(wmtp/params.py says what each means)"
+KEYS = "(wmtp/method_schema.py says what each means)"
 VALUE_LOSS = {"kind": "bce", "gamma": 1.0, "lam": 1.0}
 
 
@@ -124,7 +124,7 @@ def test_what_the_one_line_asks_for_is_enough():
             "methods.verifiable.critic",
             ABSENT,
             "methods.verifiable.critic: this key is missing; add it, one of 'separate', 'shared' (with weighting 'advantage')"
-            " (wmtp/params.py says what they mean)",
+            " (wmtp/method_schema.py says what they mean)",
         ),
         ("critic.batch_rows", 15, "critic: batch_rows 15 is odd, expected pairs of one correct and one incorrect row"),
     ],
@@ -136,7 +136,7 @@ def test_a_value_that_the_form_cannot_have_is_told_before_missing_keys(key, valu
 def test_a_weighting_left_out_is_a_missing_key_with_the_values_that_it_may_have():
     found = said({"methods.verifiable.weighting": ABSENT})
     assert found.startswith("params.yaml: methods.verifiable.weighting: this key is missing; add it, one of 'uniform', 'advantage', ")
-    assert found.endswith("'excess' (wmtp/params.py says what they mean)")
+    assert found.endswith("'excess' (wmtp/method_schema.py says what they mean)")
 
 
 @pytest.mark.parametrize(

@@ -15,8 +15,8 @@ from wmtp.anchor import AnchoredCritic, AnchoredObjective
 from wmtp.batches import Batch
 from wmtp.bundle import ModelArgs
 from wmtp.critic import Critic, ValueObjective
+from wmtp.method_schema import AnyMethod
 from wmtp.model import Transformer
-from wmtp.params import AnyMethod
 from wmtp.preference import PairwiseObjective
 from wmtp.shared import SharedPolicy
 

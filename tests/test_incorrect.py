@@ -30,7 +30,7 @@ from tests.test_train import signal_of
 from tests.test_weighting import exact_projection
 from wmtp import critic, params, train
 from wmtp.blocks import reads_pairs
-from wmtp.params import AnyMethod
+from wmtp.method_schema import AnyMethod
 from wmtp.scores import write_scores
 from wmtp.view import View
 from wmtp.weighting import METHODS

@@ -11,9 +11,11 @@ from pydantic import TypeAdapter, ValidationError
 from tests import methods
 from wmtp.arms import controls
 from wmtp.dependencies import ROOT
+from wmtp.method_schema import AnyMethod
 from wmtp.overlay import merged
-from wmtp.params import AnyMethod, ParameterError, Params, Section, read_yaml, validate
+from wmtp.params import ParameterError, Params, read_yaml, validate
 from wmtp.policy import policy_objective
+from wmtp.schema import Section
 from wmtp.view import declared_keys, load, split_arguments
 from wmtp.weighting import METHODS, method_of
 

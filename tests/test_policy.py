@@ -18,8 +18,8 @@ from wmtp.align import align_future
 from wmtp.batches import Batch, share
 from wmtp.blocks import reads_beta
 from wmtp.bundle import ModelArgs
+from wmtp.method_schema import AnyMethod, UniformMethod
 from wmtp.model import Transformer
-from wmtp.params import AnyMethod, UniformMethod
 from wmtp.policy import (
     PolicyObjective,
     WeightError,

@@ -33,8 +33,8 @@ from wmtp.align import future_targets
 from wmtp.batches import Batch, share
 from wmtp.blocks import reads_pairs
 from wmtp.critic import Critic, pairs
+from wmtp.method_schema import AnyMethod
 from wmtp.model import load_bundle
-from wmtp.params import AnyMethod
 from wmtp.policy import check_faults
 
 NAMES = ("verifiable_shared", "uniform_shared")

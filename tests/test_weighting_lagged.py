@@ -16,7 +16,7 @@ from tests.test_train import ALONE, Keep, Killed, fit, killer, same_bits, short_
 from tests.test_weighting_rho1 import ceil
 from wmtp import params, train
 from wmtp.dependencies import ROOT
-from wmtp.params import AnyMethod
+from wmtp.method_schema import AnyMethod
 from wmtp.policy import WeightError
 from wmtp.tokens import TokenData
 from wmtp.train import train_step

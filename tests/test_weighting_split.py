@@ -17,7 +17,7 @@ from wmtp import shared, train
 from wmtp.batches import share
 from wmtp.checkpoint import full_state
 from wmtp.critic import pairs
-from wmtp.params import AnyMethod
+from wmtp.method_schema import AnyMethod
 from wmtp.tokens import TokenData
 from wmtp.weighting import METHODS
 from wmtp.world import joined

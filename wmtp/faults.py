@@ -13,7 +13,10 @@ from pydantic import BaseModel, ValidationError
 Fault = Mapping[str, Any]
 """One of ValidationError.errors()."""
 
-MEANING = "wmtp/params.py says what"
+
+def _says(path: Sequence[Any]) -> str:
+    """Where the schema has what stands at `path`."""
+    return f"wmtp/{'method_schema' if path[0] == 'methods' else 'params'}.py says what"
 
 
 def one_line(error: ValidationError, values: Any, schema: type[BaseModel], where: str) -> str:
@@ -40,9 +43,9 @@ def _keys(odd: Sequence[Fault], values: Any) -> str:
     if len(odd) > 1:
         lists = [f"{kind} keys: {', '.join(names)}" for kind, names in (("missing", missing), ("unknown", unknown)) if names]
         mend = [word for word, names in (("add the missing", missing), ("remove the unknown or correct their spelling", unknown)) if names]
-        return f"{_dotted(path[:-1])}{told}: {'; '.join(lists)}; {', '.join(mend)} ({MEANING} each means)"
+        return f"{_dotted(path[:-1])}{told}: {'; '.join(lists)}; {', '.join(mend)} ({_says(path)} each means)"
     if missing:
-        return f"{_dotted(path)}: this key is missing{told}; add it ({MEANING} it means)"
+        return f"{_dotted(path)}: this key is missing{told}; add it ({_says(path)} it means)"
     return f"{_dotted(path)}: unknown key{told}; remove it or correct its spelling"
 
 
@@ -55,7 +58,7 @@ def _choice(fault: Fault, values: Any, schema: type[BaseModel]) -> str:
         expected, found = fault["ctx"]["expected_tags"], _short(fault["input"][key])
         return f"{_dotted([*path, key])}: Input should be one of {expected}, found {found}{told}"
     choices = _choices(fault, [*path, key], values, schema)
-    return f"{_dotted([*path, key])}: this key is missing; add it, one of {choices}{told} ({MEANING} they mean)"
+    return f"{_dotted([*path, key])}: this key is missing; add it, one of {choices}{told} ({_says(path)} they mean)"
 
 
 def _choices(fault: Fault, path: Sequence[Any], values: Any, schema: type[BaseModel]) -> str:

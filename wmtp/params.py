@@ -8,17 +8,12 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from wmtp.blocks import reads_pairs
 from wmtp.faults import one_line
-
-Positive = Annotated[int, Field(ge=1)]
-Fraction = Annotated[float, Field(ge=0, le=1)]
-KeepFraction = Annotated[float, Field(gt=0, le=1, description="share of a sequence's tokens that train")]
-HeadMode = Annotated[
-    Literal["shared_target", "per_head", "per_head_zscore", "pooled"], Field(description="whose excess decides: see wmtp.weighting.excess")
-]
+from wmtp.method_schema import SHARED_ARMS, AnyMethod
+from wmtp.schema import Fraction, Positive, Section, ValueLoss
 
 
 class ParameterError(ValueError):
@@ -27,33 +22,6 @@ class ParameterError(ValueError):
 
 # Keys that change how a stage runs or is followed, never what it makes; DVC does not track them.
 OPERATIONAL = ["tracking", "log_level", "run.checkpoint_every"]
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
-
-
-class Lagged(Section):
-    """Judged by the step before: the first step alone is scored twice."""
-
-    kind: Literal["lagged"]
-    ema: Annotated[float, Field(ge=0, lt=1)] = Field(
-        description="statistics <- ema * statistics + (1 - ema) * the last step's; 0: the last step's alone"
-    )
-
-
-Scope = Annotated[
-    Annotated[Literal["sequence", "two_pass"], Tag("scored")] | Annotated[Lagged, Tag("lagged")],
-    Discriminator(
-        lambda value: "lagged" if isinstance(value, dict | Lagged) else "scored" if value in ("sequence", "two_pass") else None,
-        custom_error_type="scope",
-        custom_error_message="Input should be sequence, two_pass or {kind: lagged, ema: 0.0}",
-    ),
-    Field(
-        description="population of the weights: sequence, each row; two_pass, the whole step, by a forward without gradients first;"
-        " lagged, the whole step before"
-    ),
-]
 
 
 class SyntheticCheckpoint(Section):
@@ -217,14 +185,6 @@ class Anchor(Section):
         return self
 
 
-class ValueLoss(Section):
-    """Every state's value against its return."""
-
-    kind: Literal["bce", "mse", "huber"]
-    gamma: Annotated[float, Field(gt=0, le=1)]
-    lam: Fraction
-
-
 class Regression(ValueLoss):
     anchor: Anchor | None = Field(description="null: none")
 
@@ -257,214 +217,6 @@ class Training(Tuning):
     n_epochs: Annotated[float, Field(gt=0)] = Field(description="passes over the policy split, fractions allowed")
     beta: Annotated[float, Field(gt=0)] = Field(description="temperature of exp(z / beta), for methods that set none of their own")
     log_every: Positive = Field(description="optimizer steps")
-
-
-class Method(Section):
-    n_future: Positive = Field(description="heads trained, F")
-    mix: Fraction = Field(description="w <- 1 + mix * (w - 1); 0 is uniform")
-    head_weights: list[Annotated[float, Field(ge=0)]] | None = Field(
-        description="one factor a head on its loss, head 0 first, divided by their mean; null: equal"
-    )
-
-    @model_validator(mode="after")
-    def _one_weight_a_head(self) -> "Method":
-        if self.head_weights is not None and (len(self.head_weights) != self.n_future or sum(self.head_weights) == 0):
-            raise ValueError(f"head_weights {self.head_weights}: expected n_future = {self.n_future} numbers, not all 0")
-        return self
-
-
-class UniformMethod(Method):
-    weighting: Literal["uniform"]
-
-
-class SharedMethod(Method):
-    """A policy with a value head on its own trunk, which learns from pairs of a correct and an incorrect program."""
-
-    critic: Literal["shared"] = Field(description="values of the same forward; nothing cached")
-    value_coef: Annotated[float, Field(gt=0)] = Field(description="weight of the value loss, a mean over the step's rows")
-    value_loss: ValueLoss = Field(description="as critic.loss, without its anchor")
-    policy_on_incorrect: Literal["value_only", "weighted"] = Field(
-        description="value_only: incorrect programs train the value alone; weighted: the policy too, weighed as the correct ones"
-    )
-
-
-SHARED_ARMS = ("verifiable_shared", "uniform_shared")
-"""Blocks that nothing trains unless study.arms names them: the method, and its control on the same rows."""
-
-
-class SharedUniformMethod(SharedMethod):
-    weighting: Literal["uniform"]
-
-
-class Exponential(Section):
-    """From advantages to weights."""
-
-    beta: Annotated[float, Field(gt=0)] | None = Field(description="temperature of exp(z / beta); null: training.beta")
-    gamma: Annotated[float, Field(gt=0, le=1)]
-    lam: Fraction | Literal["length_adaptive"]
-    sigma_floor: Annotated[float, Field(gt=0)] = Field(description="least standard deviation that an advantage is divided by")
-    z_clip: Annotated[float, Field(gt=0)]
-    weight_clip_min: Annotated[float, Field(ge=0, lt=1)]
-    weight_clip_max: Annotated[float, Field(gt=1)]
-    terminal_credit: bool = Field(description="pay R - v at the last token too; a critic that knows nothing then weighs it most")
-
-
-class SharedAdvantageMethod(SharedMethod, Exponential):
-    """Weights from the values of the same forward, each row a population."""
-
-    weighting: Literal["advantage"]
-
-
-class AdvantageMethod(Method, Exponential):
-    """The critic's weights, and the controls that go through the same pipeline."""
-
-    weighting: Literal["advantage", "shuffled", "constant_critic", "random_matched"]
-    critic: Literal["separate"] = Field(description="a network of its own, whose values are cached")
-    policy_on_incorrect: Literal["value_only", "weighted"] = Field(
-        description="value_only: correct programs alone; weighted: pairs of a correct and an incorrect one, weighed alike"
-    )
-    concentration_floor: Fraction = Field(description="least exp(entropy) / N of the weights; below it beta is raised")
-
-
-class PositiveAdvantageMethod(Method):
-    """1[A > 0] on pairs of a correct and an incorrect program."""
-
-    weighting: Literal["advantage", "shuffled"]
-    critic: Literal["separate"] = Field(description="a network of its own, whose values are cached")
-    policy_on_incorrect: Literal["binary"] = Field(description="pairs of a correct and an incorrect program, both weighed 1[A > 0]")
-    gamma: Annotated[float, Field(gt=0, le=1)]
-    lam: Fraction | Literal["length_adaptive"]
-    terminal_credit: bool = Field(description="pay R - v at the last token too")
-
-
-class PositionOnlyMethod(AdvantageMethod):
-    weighting: Literal["position_only"]
-    n_bins: Positive = Field(description="equal parts of a response over which the critic's weights are averaged")
-
-
-class OracleMethod(Method):
-    weighting: Literal["oracle"]
-    emphasis: Annotated[float, Field(gt=0)] = Field(description="weight of a decisive token in units of another's, before the projection")
-    weight_clip_min: Annotated[float, Field(ge=0, lt=1)]
-    weight_clip_max: Annotated[float, Field(gt=1)]
-
-
-class BinaryMethod(Method):
-    weighting: Literal["crr_binary"]
-    gamma: Annotated[float, Field(gt=0, le=1)]
-    lam: Fraction | Literal["length_adaptive"]
-
-
-class RandomBudgetMethod(Method):
-    weighting: Literal["random_k"]
-    keep_fraction: KeepFraction
-
-
-class OwnBudgetMethod(Method):
-    """Selections by the policy's own loss or entropy."""
-
-    weighting: Literal["loss_topk", "entropy_topk"]
-    scope: Scope
-    keep_fraction: KeepFraction
-
-
-class InvertedMethod(Method):
-    weighting: Literal["inverted_k"]
-    head_mode: HeadMode
-    scope: Scope
-    keep_fraction: KeepFraction
-
-
-class DynamicMethod(Method):
-    weighting: Literal["dft"]
-    scope: Scope
-
-
-class FocalMethod(Method):
-    weighting: Literal["focal"]
-    scope: Scope
-    focusing: Annotated[float, Field(ge=0)] = Field(description="exponent g of (1 - p)^g")
-
-
-class HeadDecayMethod(Method):
-    weighting: Literal["head_decay"]
-    decay: Annotated[float, Field(gt=0, le=1)] = Field(description="weight of a head in units of the head before it")
-
-
-class BoundaryMethod(Method):
-    weighting: Literal["adamtp_mask"]
-    boundary_fraction: Annotated[float, Field(gt=0, le=1)] = Field(description="share of a sequence's tokens that are boundaries")
-
-
-class ExcessMethod(Method):
-    """Rho-1; the default selection."""
-
-    weighting: Literal["excess"]
-    selection: Literal["topk", "absolute"]
-    head_mode: HeadMode
-    scope: Scope
-    keep_fraction: KeepFraction
-
-
-class TokenSkipExcess(Method):
-    weighting: Literal["excess"]
-    selection: Literal["tokenskip"]
-    head_mode: HeadMode
-    scope: Scope
-    drop_fraction: Annotated[float, Field(ge=0, lt=1)] = Field(description="share of a sequence's tokens that do not train")
-
-
-class WeightedExcess(Method):
-    weighting: Literal["excess"]
-    selection: Literal["weighted"]
-    head_mode: HeadMode
-    scope: Scope
-    temperature: Annotated[float, Field(gt=0)] = Field(description="nats of excess, softmax over tokens")
-
-
-class EmphasisExcess(Method):
-    weighting: Literal["excess"]
-    selection: Literal["percentile_emphasis"]
-    head_mode: HeadMode
-    scope: Scope
-    percentile: Fraction = Field(description="share of a sequence's tokens that get no emphasis")
-    alpha: Annotated[float, Field(gt=0)] = Field(description="nats of excess that every token has beside its emphasis")
-
-
-class SoftmaxOverHeadsExcess(Method):
-    weighting: Literal["excess"]
-    selection: Literal["softmax_over_heads"]
-    temperature: Annotated[float, Field(gt=0)] = Field(description="nats of excess, softmax over a token's heads")
-
-
-AnyExcess = Annotated[
-    ExcessMethod | TokenSkipExcess | WeightedExcess | EmphasisExcess | SoftmaxOverHeadsExcess, Field(discriminator="selection")
-]
-SeparateAdvantage = Annotated[AdvantageMethod | PositiveAdvantageMethod, Field(discriminator="policy_on_incorrect")]
-AnyAdvantage = Annotated[SeparateAdvantage | SharedAdvantageMethod, Field(discriminator="critic")]
-
-
-def _with_critic(block: Any) -> str:
-    return "shared" if "critic" in (block if isinstance(block, dict) else type(block).model_fields) else "none"
-
-
-AnyUniform = Annotated[Annotated[UniformMethod, Tag("none")] | Annotated[SharedUniformMethod, Tag("shared")], Discriminator(_with_critic)]
-AnyMethod = Annotated[
-    AnyUniform
-    | AnyAdvantage
-    | PositionOnlyMethod
-    | OracleMethod
-    | BinaryMethod
-    | RandomBudgetMethod
-    | OwnBudgetMethod
-    | InvertedMethod
-    | DynamicMethod
-    | FocalMethod
-    | HeadDecayMethod
-    | BoundaryMethod
-    | AnyExcess,
-    Field(discriminator="weighting"),
-]
 
 
 class Evaluation(Section):
