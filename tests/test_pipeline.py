@@ -1,5 +1,6 @@
 """The user's commands as typed, by running DVC for real on the tiny preset in a clone of this repository."""
 
+import csv
 import json
 import os
 import signal
@@ -32,7 +33,7 @@ def test_methods_are_rows_of_dvc_metrics_show(finished):
 
 def test_beta_is_read_by_verifiable_alone(finished):
     done = run(finished, "dvc", "exp", "run", "-S", "training.beta=0.5")
-    assert {"train@verifiable"} <= stages_run(done) <= after("verifiable")
+    assert {"train@verifiable", "sample@verifiable"} <= stages_run(done) <= after("verifiable")
     assert yaml.safe_load((finished / "params.yaml").read_text())["training"]["beta"] == 0.5
     restored(finished)
 
@@ -40,6 +41,8 @@ def test_beta_is_read_by_verifiable_alone(finished):
 def test_the_learning_rate_is_read_by_the_four_trainings(finished):
     done = run(finished, "dvc", "exp", "run", "-S", "training.learning_rate=0.002", *(f"train@{method}" for method in METHODS))
     assert stages_run(done) == {f"train@{method}" for method in METHODS}
+    left = stages_run(run(finished, "dvc", "repro", "--dry"))
+    assert {f"sample@{method}" for method in METHODS} <= left <= after(*METHODS) - stages_run(done)
     restored(finished)
 
 
@@ -64,13 +67,15 @@ def test_plots_are_defined_on_columns_that_exist(finished):
 
 
 def test_two_seeds_through_the_queue(finished):
-    run(finished, "dvc", "exp", "run", "--queue", "-S", "training.seed=2,3", "evaluate-humaneval-mbpp@ntp")
+    run(finished, "dvc", "exp", "run", "--queue", "-S", "training.seed=2,3", "evaluate-humaneval-mbpp@verifiable")
     run(finished, "dvc", "queue", "start", "-j", "1")
     deadline = time.monotonic() + 600
     while "Running" in (status := run(finished, "dvc", "queue", "status").stdout) or "Queued" in status:
         assert time.monotonic() < deadline, status
         time.sleep(2)
     assert status.count("Success") == 2, status
+    shown = run(finished, "dvc", "exp", "show", "--csv", "--only-changed").stdout
+    assert {row["training.seed"] for row in csv.DictReader(shown.splitlines()) if row["typ"].startswith("branch_")} == {"2", "3"}, shown
 
 
 def test_side_by_side_ends_where_one_after_the_other_does(finished, tmp_path):

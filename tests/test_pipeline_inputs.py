@@ -41,11 +41,13 @@ def test_real_files_go_through_every_stage(finished, tmp_path):
     folder = tmp_path / "real"
     cloned(finished, folder)
     run(folder, sys.executable, "-m", "wmtp.overlay", "presets/real-data.yaml", "--write", "params.yaml")
-    text = (folder / "params.yaml").read_text()
-    text = (
-        text.replace("../shared/datasets", str(REAL)).replace("max_tokens: 24", "max_tokens: 8").replace("n_processes: 1", "n_processes: 2")
-    )
-    (folder / "params.yaml").write_text(text)
+    values = yaml.safe_load((folder / "params.yaml").read_text())
+    values["source"]["data"]["path"] = str(REAL)
+    values["evaluation"]["max_tokens"] = 8
+    values["run"]["n_processes"] = 2
+    for section in ("warm_up", "reference", "critic", "training"):  # rows of a thousand tokens: a few steps of each
+        values[section]["n_epochs"] = 0.1
+    (folder / "params.yaml").write_text(yaml.safe_dump(values))
     run(folder, "dvc", "repro")
     data = json.loads((folder / "metrics/data.json").read_text())
     assert data["humaneval"]["problems"] == data["humaneval"]["references_passed"] == 164

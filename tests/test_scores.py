@@ -195,7 +195,7 @@ def test_reference_losses_belong_to_their_target_tokens(data, reference):
     rows = np.array([4, 0, 9])
     found = score_rows(reference_loss(reference), data, rows, ALONE, 10_000)
     for row, losses in zip(rows, found):
-        ids = torch.from_numpy(data.input_ids([row])[0]).long()
+        ids = torch.tensor(data.input_ids([row])[0], dtype=torch.long)
         logits = reference(ids[None])[0, :, 0]
         assert losses.dtype == np.float32 and len(losses) == len(ids)
         for i in range(len(ids)):
@@ -208,7 +208,7 @@ def test_critic_values_belong_to_the_state_that_has_read_their_token(data, refer
     critic = Critic(reference)
     critic.value.weight.normal_(generator=torch.Generator().manual_seed(0))
     (values,) = score_rows(critic_value(critic), data, np.array([3]), ALONE, 10_000)
-    ids = torch.from_numpy(data.input_ids([3])[0]).long()
+    ids = torch.tensor(data.input_ids([3])[0], dtype=torch.long)
     response = torch.arange(len(ids))[None] >= data.response_start[3]
     critic.unit = "logit"
     (logits,) = score_rows(critic_value(critic), data, np.array([3]), ALONE, 10_000)

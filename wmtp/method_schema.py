@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
-from wmtp.schema import Fraction, Positive, Section, ValueLoss
+from wmtp.schema import Fraction, Positive, Section
 
 KeepFraction = Annotated[float, Field(gt=0, le=1, description="share of a sequence's tokens that train")]
 HeadMode = Annotated[
@@ -51,6 +51,14 @@ class Method(Section):
 
 class UniformMethod(Method):
     weighting: Literal["uniform"]
+
+
+class ValueLoss(Section):
+    """Every state's value against its return."""
+
+    kind: Literal["bce", "mse", "huber"]
+    gamma: Annotated[float, Field(gt=0, le=1, description="discount a token of the return")]
+    lam: Fraction = Field(description="of GAE: 1, returns; below, partly the values of later states")
 
 
 class SharedMethod(Method):

@@ -12,8 +12,8 @@ from pydantic import Field, ValidationError, model_validator
 
 from wmtp.blocks import reads_pairs
 from wmtp.faults import one_line
-from wmtp.method_schema import SHARED_ARMS, AnyMethod
-from wmtp.schema import Fraction, Positive, Section, ValueLoss
+from wmtp.method_schema import SHARED_ARMS, AnyMethod, ValueLoss
+from wmtp.schema import Fraction, Positive, Section
 
 
 class ParameterError(ValueError):
