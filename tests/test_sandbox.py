@@ -282,7 +282,7 @@ RESOURCES = {
 @pytest.mark.slow
 @pytest.mark.parametrize("attack, verdicts", RESOURCES.values(), ids=RESOURCES)
 def test_resources_are_bounded(attack, verdicts):
-    # Enough time to reach the bound on a slow machine: half a gigabyte of fresh pages takes half a second there.
+    # Enough time to reach the bound on a slow machine: 256 MB of fresh pages took more than half a second on one.
     assert outcome(f"{attack}\n{RIGHT}", limits=dataclasses.replace(SHORT, cpu_seconds=4.0, wall_seconds=8.0)).verdict in verdicts
 
 
