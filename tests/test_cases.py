@@ -4,8 +4,8 @@ import random
 
 import pytest
 
-from wmtp.cases import LARGEST_VALUE, N_CASES, SHORT, agrees, covering_cases, one_change_mutants, separating_cases, stages, telling_cases
-from wmtp.grammar import FAMILIES, OPERATIONS, RESULTS, Clause, Composition, draw_composition, function
+from wmtp.cases import LARGEST_VALUE, N_CASES, SHORT, agrees, covering_cases, one_change_mutants, separating_cases, telling_cases, trace
+from wmtp.grammar import FAMILIES, OPERATIONS, RESULTS, Clause, Composition, compiled, draw_composition, function
 
 
 def inputs(n: int, seed: int = 0) -> list[list[int]]:
@@ -34,6 +34,10 @@ def composition(*phrases: str) -> Composition:
     }
     *operations, result = (clauses[phrase] for phrase in phrases)
     return Composition(tuple(operations), result)
+
+
+def stages(whole, xs):
+    return trace([compiled(operation) for operation in whole.operations], xs)
 
 
 def test_stages_are_the_lists_between_the_operations():

@@ -6,7 +6,6 @@ token-sized thing of a composition and gives another composition of the same gra
 wrong program is no less plausible than a right one to whoever has not read the statement.
 """
 
-import functools
 import io
 import random
 import tokenize
@@ -30,6 +29,7 @@ class Group:
     rows: tuple[tuple[str, str], ...]
     constants: tuple[int, ...] = (0,)
     lines: int = 1
+    functions: dict[tuple[int, int], Callable[[list[int]], Value]] = field(default_factory=dict, repr=False)
 
     @property
     def columns(self) -> int:
@@ -218,9 +218,13 @@ def is_list(result: Clause) -> bool:
     return result.group in RESULTS["transform"]
 
 
-@functools.cache
 def compiled(clause: Clause) -> Callable[[list[int]], Value]:
-    return eval(f"lambda xs: {clause.expression}")  # only expressions of the tables above
+    """What the clause does; made once for each row and constant of its group and kept there, where a look costs no hash of a clause."""
+    key = clause.row, clause.constant
+    found = clause.group.functions.get(key)
+    if found is None:
+        found = clause.group.functions[key] = eval(f"lambda xs: {clause.expression}")  # only expressions of the tables above
+    return found
 
 
 def function(composition: Composition) -> Callable[[list[int]], Value]:
