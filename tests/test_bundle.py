@@ -17,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from wmtp import bundle
+from wmtp.atomic import AtomicError
 from wmtp.bundle import BundleError, ModelArgs, bundle_sha256, read_args, read_metadata, read_tensors, tensor_shapes, verify, write_bundle
 
 ROOT = Path(__file__).parents[1]
@@ -364,11 +365,11 @@ def test_replacing_removes_every_file_of_the_old_bundle(tmp_path):
 def test_other_peoples_data_is_not_replaced(tmp_path):
     (tmp_path / "home").mkdir()
     (tmp_path / "home" / "thesis.tex").write_text("years of work")
-    with pytest.raises(BundleError, match="home: holds other files"):
+    with pytest.raises(AtomicError, match="home: holds other files"):
         write(tmp_path / "home")
     assert (tmp_path / "home" / "thesis.tex").read_text() == "years of work"
     (tmp_path / "file").write_text("x")
-    with pytest.raises(BundleError, match="expected a directory, found a file"):
+    with pytest.raises(AtomicError, match="expected a directory, found a file"):
         write(tmp_path / "file")
     (tmp_path / "empty").mkdir()
     verify(write(tmp_path / "empty"))
@@ -376,7 +377,7 @@ def test_other_peoples_data_is_not_replaced(tmp_path):
 
 def test_too_little_disk_is_said_before_writing(tmp_path):
     args = replace(SMALL, vocab_size=10**14)
-    with pytest.raises(BundleError, match=r"needs 1280000\d\.\d+ GB of disk, .* GB are free"):
+    with pytest.raises(AtomicError, match=r"needs 1280000\d\.\d+ GB of disk, .* GB are free"):
         write(tmp_path / "model", iter([("tok_embeddings.weight", torch.zeros(1).half())]), args)
     assert not list(tmp_path.iterdir())
 
@@ -581,14 +582,15 @@ def test_killed_anywhere(tmp_path):
 
 LIMITED = """
 import resource, signal, sys, torch
-from wmtp.bundle import BundleError, ModelArgs, tensor_shapes, write_bundle
+from wmtp.atomic import AtomicError
+from wmtp.bundle import ModelArgs, tensor_shapes, write_bundle
 args = ModelArgs(256, 4, 4, 4, 5000, 32, None, 1e-5, 10000.0, 2)
 tensors = {name: torch.ones(shape).half() for name, shape in tensor_shapes(args).items()}
 if sys.argv[2] != "0":
     resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]), int(sys.argv[2])))
 try:
     write_bundle(sys.argv[1], args, tensors, b"x" * 9000, source="limited", dropped=[], extra={})
-except BundleError as error:
+except AtomicError as error:
     print(error)
 """
 
@@ -631,7 +633,7 @@ def test_a_disk_that_fills_up_meanwhile(tiny_disk):
                 (tiny_disk / "other").write_bytes(b"x" * (9 << 20))
             yield name, torch.ones(shape).half()
 
-    with pytest.raises(BundleError, match=r"nothing written: .*No space left"):
+    with pytest.raises(AtomicError, match=r"nothing written: .*No space left"):
         write(tiny_disk / "model", stream(), args, shard_bytes=1 << 20)
     assert [file.name for file in tiny_disk.iterdir()] == ["other"]
 

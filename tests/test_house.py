@@ -26,8 +26,9 @@ BOTH = [
     "view benchmarks tracking",
 ]
 TRAINING = [
-    "align advantage bundle world optim noise pickled flops",
-    "weighting model checkpoint convert slicing sources provenance",
+    "align advantage atomic world optim noise pickled flops",
+    "weighting bundle",
+    "model checkpoint convert slicing sources provenance",
     "tokens generate",
     "batches scores sampling",
     "policy critic preference",

@@ -767,8 +767,9 @@ def token_data(tmp_path):
     from wmtp.problems import Problem
 
     problem = Problem.model_construct(task_id="t/0", source="micro", group="g", difficulty=1)
-    write_split(tmp_path / "policy", [Row([1, 5, 6, 2], 2, True, 0, "s0", (-1, -1)), Row([1, 5, 2], 2, True, 0, "s1", (-1, -1))], [problem])
-    manifest = {"tokenizer_sha256": "a" * 64, "splits": {"policy": {"sha256": "b" * 64}}}
+    rows = [Row([1, 5, 6, 2], 2, True, 0, "s0", (-1, -1)), Row([1, 5, 2], 2, True, 0, "s1", (-1, -1))]
+    counts = write_split(tmp_path / "policy", rows, [problem])
+    manifest = {"tokenizer_sha256": "a" * 64, "splits": {"policy": {"sha256": "b" * 64, **counts}}}
     (tmp_path / "manifest.json").write_text(json.dumps(manifest))
     return TokenData(tmp_path, "policy")
 

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from sentencepiece import SentencePieceProcessor
 
 from wmtp import sources
+from wmtp.atomic import AtomicError
 from wmtp.bundle import BundleError, read_args, read_tensors, tensor_shapes, verify
 from wmtp.convert import convert
 from wmtp.model import load_bundle
@@ -231,7 +232,7 @@ def test_what_is_absent_is_named_and_nothing_is_copied(raw, tmp_path):
         copy_local(tmp_path / "nowhere", tmp_path / "to", ["*"])
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes").write_text("x")
-    with pytest.raises(BundleError, match="holds other files"):
+    with pytest.raises(AtomicError, match="holds other files"):
         copy_local(raw / "policy", tmp_path / "mine", ["*"])
     assert [file.name for file in tmp_path.iterdir()] == ["mine"]
 

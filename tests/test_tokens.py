@@ -3,7 +3,10 @@ import io
 import json
 import shutil
 from itertools import pairwise
+from pathlib import Path
 
+import numpy as np
+import pyarrow as pa
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
@@ -308,3 +311,73 @@ def test_a_model_with_another_tokenizer_is_refused(micro, data, both, tmp_path):
 
 def test_rows_hold_no_token_that_the_model_lacks(data):
     assert all(ids.min() >= 0 and ids.max() < 400 for ids in data.input_ids(range(len(data))))
+
+
+@pytest.fixture
+def written(micro, tmp_path):
+    """A copy of token data that may be damaged."""
+    return Path(shutil.copytree(micro.processed, tmp_path / "processed"))
+
+
+def stream_of(split):
+    return next((split / "rows").glob("*.arrow"))
+
+
+def cut_to_half(split):
+    file = stream_of(split)
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (cut_to_half, r"rows/data-\S+\.arrow: damaged or absent: .*; make it again"),
+        (lambda split: stream_of(split).write_bytes(b"not arrow at all"), r"\.arrow: damaged or absent: .*; make it again"),
+        (lambda split: stream_of(split).unlink(), r"\.arrow: damaged or absent: .*No such file.*; make it again"),
+        (lambda split: (split / "rows/state.json").write_text("{"), r"state\.json: damaged or absent: .*; make it again"),
+        (lambda split: (split / "problems.json").unlink(), r"problems\.json: damaged or absent: .*; make it again"),
+        (lambda split: (split / "rows/state.json").write_text("{}"), r"state\.json: damaged or absent: '_data_files'; make it again"),
+        (lambda split: (split / "rows/state.json").write_text('{"_data_files": []}'), r"state\.json: damaged or absent: .*; make it again"),
+        (
+            lambda split: (split.parent / "manifest.json").write_text("{}"),
+            r"expected .* of policy, found no 'tokenizer_sha256'",
+        ),
+        (
+            lambda split: (split.parent / "manifest.json").write_text("[]"),
+            r"manifest\.json: expected the hashes and counts of policy",
+        ),
+        (lambda split: (split.parent / "manifest.json").write_text(""), r"manifest\.json: damaged or absent: .*; make it again"),
+    ],
+    ids=["cut", "no stream", "no file", "state", "problems", "state without files", "no files", "empty manifest", "list", "manifest"],
+)
+def test_damaged_token_data_are_told_by_file(written, damage, message):
+    damage(written / "policy")
+    with pytest.raises(TokenError, match=message):
+        TokenData(written, "policy")
+
+
+def test_a_stream_without_its_last_rows_is_refused(written, micro):
+    """Cut between two batches a stream is whole, only shorter."""
+    whole = TokenData(micro.processed, "policy").rows.combine_chunks()
+    with pa.OSFile(str(stream_of(written / "policy")), "wb") as sink, pa.ipc.new_stream(sink, whole.schema) as out:
+        out.write_table(whole.slice(0, len(whole) - 1))
+    with pytest.raises(TokenError, match=rf"rows: expected {len(whole)} rows as in manifest\.json, found {len(whole) - 1}; make"):
+        TokenData(written, "policy")
+
+
+def test_rows_in_several_files_are_one_table(written, micro):
+    """As Dataset.save_to_disk writes a split of more than half a gigabyte."""
+    from datasets import load_from_disk
+
+    rows = written / "policy" / "rows"
+    load_from_disk(str(micro.processed / "policy/rows")).save_to_disk(str(rows), num_shards=3)
+    assert len(list(rows.glob("*-of-00003.arrow"))) == 3
+    one, several = TokenData(micro.processed, "policy"), TokenData(written, "policy")
+    assert all(map(np.array_equal, one.input_ids(range(len(one))), several.input_ids(range(len(one)))))
+    assert np.array_equal(one.lengths, several.lengths) and np.array_equal(one.is_correct, several.is_correct)
+
+
+def test_a_split_that_the_manifest_does_not_have(written):
+    shutil.copytree(written / "policy", written / "other")
+    with pytest.raises(TokenError, match=r"manifest\.json: expected .* of other, found no 'other'; make it again: dvc repro --single"):
+        TokenData(written, "other")

@@ -12,7 +12,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from wmtp.bundle import BundleError, ModelArgs, check_keys, check_names, one_line, open_shard, read_json, tensor_shapes, write_bundle
+from wmtp.atomic import one_line
+from wmtp.bundle import BundleError, ModelArgs, check_keys, check_names, open_shard, read_json, tensor_shapes, write_bundle
 
 Named = dict[str, Tensor]
 

@@ -20,8 +20,9 @@ from torch.nn import functional
 
 from wmtp.advantage import check_starts, gae
 from wmtp.align import future_targets
+from wmtp.atomic import atomic_directory
 from wmtp.batches import Batch
-from wmtp.bundle import atomic_directory, bundle_sha256, write_bundle
+from wmtp.bundle import bundle_sha256, write_bundle
 from wmtp.checkpoint import full_state
 from wmtp.model import Transformer, load_bundle
 from wmtp.provenance import CARD, CriticError, read_card

@@ -11,7 +11,8 @@ from collections.abc import Callable, Iterable
 from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
 
-from wmtp.bundle import BundleError, ModelArgs, atomic_directory, one_line, plan_shards, require_space, tensor_shapes
+from wmtp.atomic import atomic_directory, one_line, require_space
+from wmtp.bundle import BundleError, ModelArgs, plan_shards, tensor_shapes
 
 META_SIZES = ("dim", "n_layers", "n_heads", "n_kv_heads", "n_future_tokens")
 META_KEYS = (*META_SIZES, "rope_theta", "norm_eps", "multiple_of", "ffn_dim_multiplier", "vocab_size")

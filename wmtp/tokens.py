@@ -15,9 +15,11 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from wmtp.bundle import atomic_directory
+from wmtp.atomic import atomic_directory, one_line
 from wmtp.protocols import instruction_of, render_prompt
 from wmtp.records import Problem, Solution, sha256_file, write_text
+
+AGAIN = "make it again: dvc repro --single-item --force prepare-and-validate-datasets"
 
 
 class TokenError(ValueError):
@@ -154,10 +156,29 @@ def write_split(path: Path, rows: list[Row], problems: list[Problem]) -> dict[st
     }  # fmt: skip
 
 
-def read_rows(folder: Path) -> pa.Table:
-    """What Dataset.save_to_disk wrote, memory-mapped. Read by pyarrow: importing datasets takes a second of every process."""
-    names = [file["filename"] for file in json.loads((folder / "state.json").read_text())["_data_files"]]
-    return pa.concat_tables(pa.ipc.open_stream(pa.memory_map(str(folder / name))).read_all() for name in names)
+def read_rows(folder: Path, expected: int) -> pa.Table:
+    """What Dataset.save_to_disk wrote, memory-mapped. Read by pyarrow: importing datasets takes a second of every process.
+
+    TokenError where a file is damaged or the rows are not as many as `expected`: a stream cut between two batches reads as a shorter one.
+    """
+    file = folder / "state.json"
+    try:
+        names, tables = [entry["filename"] for entry in _read_json(file)["_data_files"]], []
+        for file in (folder / name for name in names):
+            tables.append(pa.ipc.open_stream(pa.memory_map(str(file))).read_all())
+        rows = pa.concat_tables(tables)
+    except (OSError, KeyError, TypeError, pa.ArrowInvalid) as error:
+        raise TokenError(f"{file}: damaged or absent: {one_line(error)}; {AGAIN}") from None
+    if len(rows) != expected:
+        raise TokenError(f"{folder}: expected {expected} rows as in manifest.json, found {len(rows)}; {AGAIN}")
+    return rows
+
+
+def _read_json(file: Path) -> Any:
+    try:
+        return json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise TokenError(f"{file}: damaged or absent: {one_line(error)}; {AGAIN}") from None
 
 
 def _numpy(array: pa.Array) -> np.ndarray:
@@ -172,13 +193,19 @@ class TokenData:
         self.path = Path(processed) / split
         if not (self.path / "rows").is_dir():
             raise TokenError(f"{self.path}: no token data there; run prepare-and-validate-datasets (dvc repro)")
-        self.manifest = json.loads((Path(processed) / "manifest.json").read_text())
-        self.tokenizer_sha256: str = self.manifest["tokenizer_sha256"]
-        self.sha256: str = self.manifest["splits"][split]["sha256"]
-        self.problems: list[dict[str, Any]] = json.loads((self.path / "problems.json").read_text())
+        file = Path(processed) / "manifest.json"
+        self.manifest = _read_json(file)
+        try:
+            self.tokenizer_sha256: str = self.manifest["tokenizer_sha256"]
+            counts = self.manifest["splits"][split]
+            self.sha256: str = counts["sha256"]
+            n_rows = counts["correct"] + counts["incorrect"]
+        except (KeyError, TypeError) as error:
+            raise TokenError(f"{file}: expected the hashes and counts of {split}, found no {one_line(error)}; {AGAIN}") from None
+        self.problems: list[dict[str, Any]] = _read_json(self.path / "problems.json")
         if not self.problems:
             raise TokenError(f"{self.path}: the split is empty; raise its share in data.splits or add data")
-        self.rows = read_rows(self.path / "rows")
+        self.rows = read_rows(self.path / "rows", n_rows)
         self.lengths = self._column("length")
         self.response_start = self._column("response_start")
         self.problem_of = self._column("problem")
