@@ -26,7 +26,7 @@ BOTH = [
     "view benchmarks tracking",
 ]
 TRAINING = [
-    "align advantage atomic world optim noise pickled flops",
+    "align advantage atomic cache world optim noise pickled flops",
     "weighting bundle",
     "model checkpoint convert slicing sources provenance",
     "tokens generate",

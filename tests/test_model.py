@@ -8,7 +8,7 @@ from torch.nn import functional
 
 from wmtp.align import IGNORE, future_targets
 from wmtp.bundle import BundleError, ModelArgs, read_tensors
-from wmtp.model import Cache, Transformer, load_bundle
+from wmtp.model import Transformer, load_bundle
 
 GROUPED = ModelArgs(
     dim=24, n_layers=5, n_heads=6, n_kv_heads=2, vocab_size=40, multiple_of=8, ffn_dim_multiplier=None, norm_eps=1e-3, rope_theta=500.0,
@@ -115,7 +115,7 @@ def test_cache_equals_no_cache_for_rows_of_unequal_length(shape):
     model, F = random_model(args), args.n_future_tokens
     tokens_BT, length_B = random_tokens(args, 3, 14), torch.tensor([8, 3, 5])
     expected = model(tokens_BT)
-    cache = Cache(model, 3, 14, F)
+    cache = model.new_cache(3, 14, F)
     padded = torch.where(torch.arange(8) < length_B[:, None], tokens_BT[:, :8], 7)
     found = model(padded, cache=cache, position_BT=torch.arange(8).expand(3, 8))
     for row, length in enumerate(length_B):
@@ -128,14 +128,14 @@ def test_cache_equals_no_cache_for_rows_of_unequal_length(shape):
 
 def test_cache_takes_several_tokens_a_step():
     model, tokens_BT = random_model(), random_tokens(GROUPED, 2, 9)
-    cache = Cache(model, 2, 9, 3)
+    cache = model.new_cache(2, 9, 3)
     parts = [model(tokens_BT[:, a:b], cache=cache, position_BT=torch.arange(a, b).expand(2, -1)) for a, b in ((0, 4), (4, 5), (5, 9))]
     torch.testing.assert_close(torch.cat(parts, 1), model(tokens_BT), rtol=1e-10, atol=1e-10)
 
 
 def test_cache_rows_can_be_dropped_repeated_and_reordered():
     model, tokens_BT = random_model(), random_tokens(GROUPED, 3, 6)
-    cache = Cache(model, 3, 8)
+    cache = model.new_cache(3, 8)
     model(tokens_BT, cache=cache, position_BT=torch.arange(6).expand(3, -1), n_future=1)
     cache.select(torch.tensor([2, 0, 2]))
     added = torch.tensor([[4], [5], [6]])

@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from wmtp.model import Cache, Transformer
+from wmtp.cache import Fork
+from wmtp.model import Transformer
 from wmtp.noise import bits
 
 
@@ -120,18 +121,15 @@ def _generate_batch(
         position_B = position_B + 1
 
 
-def _prefill(model: Transformer, batch: list[Request], max_tokens: int, device: torch.device) -> tuple[Tensor, Cache, Tensor]:
-    """Runs each distinct prompt once; returns every request's next-token logits, its own copy of the cache and its next position."""
-    prompts = {tuple(request.prompt): None for request in batch}
-    place = {prompt: i for i, prompt in enumerate(prompts)}
-    length_P = torch.tensor([len(prompt) for prompt in prompts], device=device)
+def _prefill(model: Transformer, batch: list[Request], max_tokens: int, device: torch.device) -> tuple[Tensor, Fork, Tensor]:
+    """Runs each distinct prompt once; returns every request's next-token logits, the cache that it goes on with and its next position."""
+    place: dict[tuple[int, ...], int] = {}
+    prompt_R = torch.tensor([place.setdefault(tuple(request.prompt), len(place)) for request in batch], device=device)
+    length_P = torch.tensor([len(prompt) for prompt in place], device=device)
     T = int(length_P.max())
-    tokens_PT = torch.tensor([[*prompt, *[0] * (T - len(prompt))] for prompt in prompts], device=device)
-    cache = Cache(model, len(prompts), T + max_tokens)
-    # Keys of padding land beyond a row's own length: no query sees them before generation overwrites them.
-    position_PT = torch.arange(T, device=device).expand(len(prompts), T)
-    hidden_PTD = model.hidden(tokens_PT, cache, position_PT, n_future=1)[0]
-    logits_PV = model.output(hidden_PTD[torch.arange(len(prompts), device=device), length_P - 1])
-    rows = torch.tensor([place[tuple(request.prompt)] for request in batch], device=device)
-    cache.select(rows)
-    return logits_PV[rows], cache, length_P[rows]
+    # Padding comes after a prompt's own tokens, and no query of theirs sees it.
+    tokens_PT = torch.tensor([[*prompt, *[0] * (T - len(prompt))] for prompt in place], device=device)
+    cache = model.new_cache(len(place), T)
+    hidden_PTD = model.hidden(tokens_PT, cache, n_future=1)[0]
+    logits_PV = model.output(hidden_PTD[torch.arange(len(place), device=device), length_P - 1])
+    return logits_PV[prompt_R], cache.fork(prompt_R, length_P, max_tokens), length_P[prompt_R]

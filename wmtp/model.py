@@ -13,6 +13,10 @@ from torch.nn import functional
 
 from wmtp.align import IGNORE
 from wmtp.bundle import ModelArgs, read_args, read_tensors, verify
+from wmtp.cache import BlockCache, Cache, Fork, ForkedBlock, Window, attention
+
+AnyBlockCache = BlockCache | ForkedBlock
+AnyCache = Cache | Fork
 
 
 class RMSNorm(nn.Module):
@@ -27,10 +31,13 @@ class RMSNorm(nn.Module):
 
 
 def rotary_table(length: int, head_dim: int, theta: float, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """e^(i angle) [length, H/2], computed in complex128 (angles at far positions lose digits in float32); `dtype` is complex."""
-    frequency = theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float64, device=device) / head_dim)
-    angle = torch.outer(torch.arange(length, dtype=torch.float64, device=device), frequency)
-    return torch.polar(torch.ones_like(angle), angle).to(dtype)
+    """e^(i angle) [length, H/2], computed in complex128 (angles at far positions lose digits in float32); `dtype` is complex.
+
+    Computed on the CPU: MPS knows no float64.
+    """
+    frequency = theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float64, device="cpu") / head_dim)
+    angle = torch.outer(torch.arange(length, dtype=torch.float64, device="cpu"), frequency)
+    return torch.polar(torch.ones_like(angle), angle).to(device, dtype)
 
 
 def rotate(x_BTNH: Tensor, turn: Tensor) -> Tensor:
@@ -39,34 +46,12 @@ def rotate(x_BTNH: Tensor, turn: Tensor) -> Tensor:
     return torch.view_as_real(pairs * turn.unsqueeze(-2)).flatten(-2).to(x_BTNH.dtype)
 
 
-class BlockCache:
-    """Keys and values [B, N_kv, capacity, H] of one block; position p of a row stands at index p."""
-
-    def __init__(self, rows: int, args: ModelArgs, capacity: int, dtype: torch.dtype, device: torch.device):
-        shape = (rows, args.n_kv_heads, capacity, args.head_dim)
-        self.keys = torch.zeros(shape, dtype=dtype, device=device)
-        self.values = torch.zeros(shape, dtype=dtype, device=device)
-
-    def put(self, keys_BTNH: Tensor, values_BTNH: Tensor, position_BT: Tensor, length: int) -> tuple[Tensor, Tensor]:
-        """Writes at each row's own positions; returns the first `length` keys and values."""
-        rows = torch.arange(len(position_BT), device=position_BT.device)[:, None]
-        self.keys[rows, :, position_BT] = keys_BTNH
-        self.values[rows, :, position_BT] = values_BTNH
-        return self.keys[:, :, :length], self.values[:, :, :length]
-
-    def select(self, rows: Tensor) -> None:
-        """Keeps these rows (indices, repeats allowed), in this order."""
-        self.keys, self.values = self.keys[rows], self.values[rows]
-
-
 @dataclass
 class Context:
-    """What every block of one forward shares: rotary turns, which keys a query may see (None: plain causal), positions, cached length."""
+    """What every block of one forward shares: rotary turns, and the window on its cache."""
 
     turn: Tensor
-    mask: Tensor | None
-    position_BT: Tensor | None
-    length: int
+    window: Window | None
 
 
 class Attention(nn.Module):
@@ -78,22 +63,17 @@ class Attention(nn.Module):
         self.wv = nn.Linear(args.dim, args.n_kv_heads * args.head_dim, bias=False)
         self.wo = nn.Linear(args.n_heads * args.head_dim, args.dim, bias=False)
 
-    def forward(self, x_BTD: Tensor, context: Context, cache: BlockCache | None, first: int) -> Tensor:
+    def forward(self, x_BTD: Tensor, context: Context, cache: AnyBlockCache | None, first: int) -> Tensor:
         """Attended [B, T - first, D]: every position is a key, those from `first` on are queries."""
         q = rotate(self.wq(x_BTD[:, first:]).unflatten(-1, (self.n_heads, self.head_dim)), context.turn[..., first:, :])
         k = rotate(self.wk(x_BTD).unflatten(-1, (self.n_kv_heads, self.head_dim)), context.turn)
         v = self.wv(x_BTD).unflatten(-1, (self.n_kv_heads, self.head_dim))
-        if cache is None:
-            k, v = k.transpose(1, 2), v.transpose(1, 2)
-        else:
-            k, v = cache.put(k, v, context.position_BT, context.length)
-        mask = context.mask
+        if cache is not None:
+            return self.wo(cache.attend(q, k, v, context.window).flatten(-2))
+        mask = None
         if first:
             mask = torch.ones(x_BTD.shape[1], x_BTD.shape[1], dtype=torch.bool, device=x_BTD.device).tril()[first:]
-        attended = functional.scaled_dot_product_attention(
-            q.transpose(1, 2), k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=self.n_heads != self.n_kv_heads
-        )
-        return self.wo(attended.transpose(1, 2).flatten(-2))
+        return self.wo(attention(q, k.transpose(1, 2), v.transpose(1, 2), mask).flatten(-2))
 
 
 class FeedForward(nn.Module):
@@ -115,23 +95,10 @@ class Block(nn.Module):
         self.attention_norm = RMSNorm(args.dim, args.norm_eps)
         self.ffn_norm = RMSNorm(args.dim, args.norm_eps)
 
-    def forward(self, x_BTD: Tensor, context: Context, cache: BlockCache | None = None, first: int = 0) -> Tensor:
+    def forward(self, x_BTD: Tensor, context: Context, cache: AnyBlockCache | None = None, first: int = 0) -> Tensor:
         """The block's output at positions `first`.. [B, T - first, D]; earlier ones are only read."""
         x_out = x_BTD[:, first:] + self.attention(self.attention_norm(x_BTD), context, cache, first)
         return x_out + self.feed_forward(self.ffn_norm(x_out))
-
-
-class Cache:
-    """One BlockCache for each block of the model, trunk first, then extra heads."""
-
-    def __init__(self, model: "Transformer", rows: int, capacity: int, n_future: int = 1):
-        weight = model.tok_embeddings.weight
-        n_blocks = len(model.layers) + n_future - 1
-        self.blocks = [BlockCache(rows, model.args, capacity, weight.dtype, weight.device) for _ in range(n_blocks)]
-
-    def select(self, rows: Tensor) -> None:
-        for block in self.blocks:
-            block.select(rows)
 
 
 class Transformer(nn.Module):
@@ -157,7 +124,7 @@ class Transformer(nn.Module):
         self,
         tokens_BT: Tensor,
         targets_BTF: Tensor | None = None,
-        cache: Cache | None = None,
+        cache: AnyCache | None = None,
         position_BT: Tensor | None = None,
         n_future: int | None = None,
         first: int = 0,
@@ -167,8 +134,9 @@ class Transformer(nn.Module):
 
         `with_entropy` adds the entropy of each of those predictions, of the same form and detached.
 
-        With a cache, `position_BT` says where each token of each row stands; earlier positions are read from the cache. `first` is the
-        caller's word that no target stands before that position: the head blocks then compute nothing there.
+        With a cache, `position_BT` says where each token of each row stands (None: from the start of an empty one); earlier
+        positions are read from the cache. `first` is the caller's word that no target stands before that position: the head blocks
+        then compute nothing there.
         """
         hidden = self.hidden(tokens_BT, cache, position_BT, n_future, first)
         if targets_BTF is None:
@@ -182,9 +150,16 @@ class Transformer(nn.Module):
         return ce, entropy
 
     def hidden(
-        self, tokens_BT: Tensor, cache: Cache | None = None, position_BT: Tensor | None = None, n_future: int | None = None, first: int = 0
+        self,
+        tokens_BT: Tensor,
+        cache: AnyCache | None = None,
+        position_BT: Tensor | None = None,
+        n_future: int | None = None,
+        first: int = 0,
     ) -> list[Tensor]:
         """The normed output [B, T - first, D] of each of the first `n_future` heads (default: all that are built)."""
+        if cache is not None and first:
+            raise ValueError(f"first: expected 0 with a cache, whose positions are told by position_BT, found {first}")
         n_future = self.n_future if n_future is None else n_future
         context = self._context(tokens_BT, cache, position_BT)
         caches = cache.blocks if cache else [None] * (len(self.layers) + n_future - 1)
@@ -195,13 +170,19 @@ class Transformer(nn.Module):
         heads = [head_0, *self.extra_heads][:n_future]
         return [self.norm(head(x_BTD, context, block_cache, first)) for head, block_cache in zip(heads, caches[len(trunk) :])]
 
-    def _context(self, tokens_BT: Tensor, cache: Cache | None, position_BT: Tensor | None) -> Context:
+    def _context(self, tokens_BT: Tensor, cache: AnyCache | None, position_BT: Tensor | None) -> Context:
         T = tokens_BT.shape[1]
-        if cache is None:
-            return Context(self._turns(T)[:T], None, None, T)
-        length = int(position_BT.max()) + 1
-        mask = torch.arange(length, device=tokens_BT.device) <= position_BT[:, None, :, None]
-        return Context(self._turns(length)[position_BT], mask, position_BT, length)
+        window = None if cache is None else cache.window(position_BT, T)
+        if position_BT is None:
+            return Context(self._turns(T)[:T], window)
+        # As many turns as there can be positions: the greatest in use would have to be waited for.
+        return Context(self._turns(cache.capacity)[position_BT], window)
+
+    def new_cache(self, rows: int, capacity: int, n_future: int = 1) -> Cache:
+        """An empty one for the trunk and `n_future` heads, with room for `capacity` tokens a row."""
+        weight, n_blocks = self.tok_embeddings.weight, len(self.layers) + n_future - 1
+        sizes = (rows, self.args.n_kv_heads, self.args.head_dim, capacity)
+        return Cache([BlockCache(*sizes, weight.dtype, weight.device) for _ in range(n_blocks)])
 
     def _turns(self, length: int) -> Tensor:
         weight = self.norm.weight
