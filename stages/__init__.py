@@ -1,5 +1,6 @@
 """One module per stage: read, call, write. Paths come from dvc.yaml as arguments."""
 
+import gc
 import os
 import sys
 from collections.abc import Callable
@@ -18,6 +19,8 @@ def run(work: Callable[..., dict[str, Any] | None]) -> None:
     A fault that names itself (a wrong value, file or number) is one line on stderr and exit code 1; anything else is a traceback.
     """
     stage, debug = os.environ.get("DVC_STAGE", Path(sys.argv[0]).stem), False
+    # What the imports made stays: to look through it for garbage while torch imports more took half a second of every training.
+    gc.freeze()
     try:
         arguments, settings = view.split_arguments(sys.argv[1:])
         visible = view.load(settings=settings)

@@ -39,7 +39,7 @@ def copied(folder: Path) -> Path:
         ["git", "ls-files", "--cached", "--others", "--exclude-standard"], cwd=ROOT, check=True, capture_output=True, text=True
     ).stdout.splitlines()
     for name in listed:
-        if (ROOT / name).is_file() and not name.startswith("metrics/") and name != "dvc.lock":
+        if (ROOT / name).is_file() and not name.startswith("metrics/") and not name.endswith("dvc.lock"):
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(ROOT / name, folder / name)
     run(folder, sys.executable, "-m", "wmtp.overlay", "presets/tiny.yaml", "--write", "params.yaml")

@@ -13,7 +13,7 @@ from wmtp.arms import controls
 from wmtp.dependencies import ROOT
 from wmtp.method_schema import AnyMethod
 from wmtp.overlay import merged
-from wmtp.params import ParameterError, Params, read_yaml, validate
+from wmtp.params import ParameterError, Params, loader, parse_yaml, read_yaml, validate
 from wmtp.policy import policy_objective
 from wmtp.schema import Section
 from wmtp.view import declared_keys, load, split_arguments
@@ -110,6 +110,14 @@ def test_a_selection_has_its_own_keys_alone(selection):
 @pytest.mark.parametrize("preset", sorted((ROOT / "presets").glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_preset_fits_the_schema(preset):
     assert validate(merged(COMMITTED, yaml.safe_load(preset.read_text())), str(preset))
+
+
+def test_every_arm_of_the_preset_of_pairs_is_compared_with_the_uniform_arm_of_its_kind():
+    whole = validate(merged(COMMITTED, yaml.safe_load((ROOT / "presets/pairs.yaml").read_text())))
+    assert controls({arm: whole.methods[arm] for arm in whole.study.arms}) == {
+        "baseline": None, "verifiable": "baseline", "constant_weighted": None, "verifiable_weighted": "constant_weighted",
+        "verifiable_binary": "constant_weighted", "uniform_shared": None, "verifiable_shared": "uniform_shared",
+    }  # fmt: skip
 
 
 def test_every_arm_of_the_sweep_is_a_method_with_weights_of_its_own():
@@ -274,3 +282,9 @@ def test_numbers_say_their_unit_or_are_told_by_their_name():
         waiting += sections[-1].__subclasses__()
     bare = [f"{section.__name__}.{name}" for section in sections for name, field in fields(section) if not field.description]
     assert not [name for name in bare if name.split(".")[1] not in plain]
+
+
+@pytest.mark.parametrize("text", [(ROOT / "params.yaml").read_text(), (ROOT / "dvc.yaml").read_text(), "a: 1e-05\nb: 1e-5\nc: -2.0e-3"])
+def test_yaml_is_read_alike_with_and_without_libyaml(text):
+    """Its parser in C is not everywhere."""
+    assert parse_yaml(text) == yaml.load(text, loader(yaml.SafeLoader))
