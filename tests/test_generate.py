@@ -1,12 +1,15 @@
 import random
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from scipy import stats
 
 from tests.test_model import GROUPED, random_model
-from wmtp.generate import Request, choose, generate, gumbel
+from wmtp.generate import Request, _together, choose, generate, gumbel
 from wmtp.protocols import PROTOCOLS, with_sampling
 from wmtp.sampling import Benchmark, complete
 from wmtp.world import World
@@ -70,6 +73,24 @@ def test_end_of_text_is_not_part_of_the_output_and_the_limit_holds(model):
 @pytest.mark.parametrize("batch_rows", [1, 2, 3, 7])
 def test_completions_do_not_depend_on_the_batch(model, batch_rows):
     assert run(model, requests(), batch_rows=batch_rows) == run(model, requests())
+
+
+@pytest.mark.parametrize("budget", [1, 11, 20])
+def test_completions_do_not_depend_on_which_prompts_are_read_together(model, monkeypatch, budget):
+    expected = run(model, requests(9, 2))
+    monkeypatch.setattr("wmtp.generate.PREFILL_TOKENS", budget)
+    assert run(model, requests(9, 2)) == expected
+
+
+@settings(deadline=None)
+@given(st.lists(st.integers(1, 30), min_size=1, max_size=20), st.integers(1, 60))
+def test_prompts_are_read_together_as_far_as_the_budget_goes(lengths, budget):
+    parts = list(_together(lengths, budget))
+    assert [place for first, after in parts for place in range(first, after)] == list(range(len(lengths)))
+    for (first, after), (_, following) in pairwise([*parts, (0, 0)]):
+        assert after == first + 1 or (after - first) * max(lengths[first:after]) <= budget
+        if following:
+            assert (after + 1 - first) * max(lengths[first : after + 1]) > budget, "one more would have fitted"
 
 
 def test_completions_do_not_depend_on_order_or_company(model):

@@ -54,6 +54,12 @@ class BlockCache:
         keys_BKLH, values_BKLH = self.put(keys_BTKH, values_BTKH, window)
         return attention(q_BTNH, keys_BKLH, values_BKLH, None if window.seen_BTL is None else window.seen_BTL[:, None])
 
+    def rows(self, first: int, after: int) -> "BlockCache":
+        """Rows [first, after) of this one, in the same memory."""
+        part = copy.copy(self)
+        part.keys, part.values = self.keys[first:after], self.values[first:after]
+        return part
+
     def select(self, rows: Tensor) -> None:
         """Keeps these rows (indices, repeats allowed), in this order."""
         self.keys, self.values = self.keys[rows], self.values[rows]
@@ -86,6 +92,10 @@ class Cache:
             raise ValueError("position_BT: expected the positions of the tokens, since the cache holds some already; found None")
         self.is_empty = False
         return Window(None, n_tokens, None) if position_BT is None else window(position_BT)
+
+    def rows(self, first: int, after: int) -> "Cache":
+        """Rows [first, after) of this one, in the same memory."""
+        return Cache([block.rows(first, after) for block in self.blocks], self.is_empty)
 
     def select(self, rows: Tensor) -> None:
         for block in self.blocks:

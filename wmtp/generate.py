@@ -15,6 +15,8 @@ from wmtp.cache import Fork
 from wmtp.model import Transformer
 from wmtp.noise import bits
 
+PREFILL_TOKENS = 8192  # tokens of one forward over prompts, padding included: one long prompt must not pad all others to its length
+
 
 @dataclass
 class Request:
@@ -125,11 +127,24 @@ def _prefill(model: Transformer, batch: list[Request], max_tokens: int, device: 
     """Runs each distinct prompt once; returns every request's next-token logits, the cache that it goes on with and its next position."""
     place: dict[tuple[int, ...], int] = {}
     prompt_R = torch.tensor([place.setdefault(tuple(request.prompt), len(place)) for request in batch], device=device)
-    length_P = torch.tensor([len(prompt) for prompt in place], device=device)
-    T = int(length_P.max())
-    # Padding comes after a prompt's own tokens, and no query of theirs sees it.
-    tokens_PT = torch.tensor([[*prompt, *[0] * (T - len(prompt))] for prompt in place], device=device)
-    cache = model.new_cache(len(place), T)
-    hidden_PTD = model.hidden(tokens_PT, cache, n_future=1)[0]
-    logits_PV = model.output(hidden_PTD[torch.arange(len(place), device=device), length_P - 1])
-    return logits_PV[prompt_R], cache.fork(prompt_R, length_P, max_tokens), length_P[prompt_R]
+    prompts = list(place)
+    cache, logits = model.new_cache(len(prompts), max(map(len, prompts))), []
+    for first, after in _together(list(map(len, prompts)), PREFILL_TOKENS):
+        lengths = [len(prompt) for prompt in prompts[first:after]]
+        # Padding comes after a prompt's own tokens, and no query of theirs sees it.
+        tokens = torch.tensor([[*prompt, *[0] * (max(lengths) - len(prompt))] for prompt in prompts[first:after]], device=device)
+        hidden_PTD = model.hidden(tokens, cache.rows(first, after), n_future=1)[0]
+        logits.append(model.output(hidden_PTD[torch.arange(after - first, device=device), torch.tensor(lengths, device=device) - 1]))
+    length_P = torch.tensor(list(map(len, prompts)), device=device)
+    return torch.cat(logits)[prompt_R], cache.fork(prompt_R, length_P, max_tokens), length_P[prompt_R]
+
+
+def _together(lengths: list[int], budget: int) -> Iterator[tuple[int, int]]:
+    """Consecutive [first, after) of as many as fit `budget` when padded to their longest, one at least."""
+    first, longest = 0, 0
+    for place, length in enumerate(lengths):
+        longest = max(longest, length)
+        if place > first and (place + 1 - first) * longest > budget:
+            yield first, place
+            first, longest = place, length
+    yield first, len(lengths)
