@@ -16,8 +16,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.test_cases import stages
 from wmtp import synthetic
-from wmtp.cases import agrees, one_change_mutants, stages
+from wmtp.cases import agrees, one_change_mutants
 from wmtp.grammar import FAMILIES, function, lexical_tokens, program
 from wmtp.problems import mbpp_split, read_codecontests, read_functions, read_humaneval, read_mbpp
 from wmtp.protocols import PROTOCOLS, instruction_of, render_prompt
