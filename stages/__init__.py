@@ -34,4 +34,5 @@ def run(work: Callable[..., dict[str, Any] | None]) -> None:
             raise
         sys.exit(f"{stage}: {error}")
     except KeyboardInterrupt:
+        print(f"{stage}: stopped from outside; the next dvc repro goes on", file=sys.stderr)
         sys.exit(130)

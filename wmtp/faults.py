@@ -79,7 +79,7 @@ def _value(fault: Fault, values: Any) -> str:
         return f"{place}{fault['ctx']['error']}"
     if isinstance(found, str) and re.fullmatch(r"[-+]?\d+[eE][-+]?\d+", found):
         mantissa, exponent = re.split("[eE]", found)
-        return f"{place}YAML reads {found} as text, expected a number; write {mantissa}.0e{exponent}"
+        return f"{place}YAML reads {found} as text, expected a number; write {mantissa}.0e{int(exponent):+d}"
     if fault["type"] != "literal_error" or not form:
         return f"{place}{fault['msg']}, found {_short(found)}"
     if path[-1] not in form:
