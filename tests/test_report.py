@@ -74,6 +74,14 @@ def test_methods_are_rows():
     assert header == ["HumanEval form pass@1", "pass@10", "greedy", "MBPP form pass@1", "pass@10", "greedy", "CE"]
 
 
+def test_a_table_of_zeros_says_what_it_does_not_say():
+    none = {name: {**sections, **{one: dict.fromkeys(sections[one], 0.0) | {"n_problems": 200} for one in ("humaneval", "mbpp")}}
+            for name, sections in FIGURES.items()}  # fmt: skip
+    assert "No program of any method passed" in page(figures=none) and "No program of any method passed" not in page()
+    none["ntp"]["mbpp"]["pass@10"] = 0.01
+    assert "No program of any method passed" not in page(figures=none)
+
+
 def test_the_start_has_scores_but_no_training():
     rows = cells(page(), "start")
     assert len(rows) == 2

@@ -28,7 +28,7 @@ def controls(arms: Mapping[str, Any]) -> dict[str, str | None]:
 CORRECT, PAIRS, SHARED_PAIRS = "correct programs", "pairs", "pairs with a shared critic"
 CONTROLS = {
     CORRECT: "baseline",
-    PAIRS: "a block with weighting constant_critic and policy_on_incorrect weighted",
+    PAIRS: "a block with weighting constant_critic, policy_on_incorrect weighted, gamma 1.0 and no terminal_credit",
     SHARED_PAIRS: "a block with weighting uniform and critic shared, as uniform_shared",
 }
 
@@ -39,5 +39,7 @@ def _kind(block: Any) -> str:
 
 def _uniform(name: str, block: Any) -> bool:
     if _kind(block) == PAIRS:
-        return block.weighting == "constant_critic" and getattr(block, "policy_on_incorrect", None) == "weighted"
+        # With a discount or a reward at the end even a constant critic's weights are not all 1.
+        flat = getattr(block, "gamma", None) == 1.0 and not getattr(block, "terminal_credit", True)
+        return flat and block.weighting == "constant_critic" and getattr(block, "policy_on_incorrect", None) == "weighted"
     return name == "baseline" if _kind(block) == CORRECT else block.weighting == "uniform"

@@ -18,6 +18,7 @@ ALPHA = 0.05
 OTHER_BUDGET = (
     " †: the two took other steps or read other tokens (see above), so that the difference is not the weights' alone; never marked *."
 )
+NONE_PASSED = " No program of any method passed its tests: the scores say nothing of the methods."
 Z_95 = NormalDist().inv_cdf(0.975)
 
 
@@ -28,7 +29,10 @@ def table(figures: Figures, differences: Sequence[Mapping[str, Any]], critic: Ma
     blocks = [
         "## Methods",
         grid(*_scores(figures)),
-        paragraph(f"In percent, ± one standard error over {problems}. CE: cross-entropy of head 0 on held-out programs, nats per token."),
+        paragraph(
+            f"In percent, ± one standard error over {problems}. CE: cross-entropy of head 0 on held-out programs, nats per token."
+            + ("" if _any_passed(figures) else NONE_PASSED)
+        ),
         grid(*_costs(figures)),
         paragraph(
             "FLOPs: 2 a weight and position forward, 4 backward, at the positions that are computed: heads compute no prompt, the"
@@ -82,6 +86,11 @@ def _scores(figures: Figures) -> Grid:
         ce = sections["training"].get("validation_ce_head0")
         rows.append([name, *(f"{score:.1f} ± {stderr:.1f}" for score, stderr in cells), "" if ce is None else f"{ce:.4f}"])
     return [*header, "CE"], rows, 1
+
+
+def _any_passed(figures: Figures) -> bool:
+    sections = [sections[benchmark] for sections in figures.values() for benchmark in _benchmarks(figures)]
+    return any(section[key] > 0 for section in sections for key in _keys(section))
 
 
 def _costs(figures: Figures) -> Grid:
