@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from stages import run
-from wmtp import judge, raw_data, splits, tokens
+from wmtp import judge, progress, raw_data, splits, tokens
 from wmtp.records import write_jsonl, write_text
 
 
@@ -18,14 +18,14 @@ def work(params: Any, track: Any, raw: str, bundle: str, out: str, report: str) 
     repeated = len(corpus.training) - len(training)
     figures: dict[str, Any] = {"dropped": {**corpus.dropped, "statement of a benchmark problem": repeated}}
     counts = {}
-    for name, part in parts.items():
+    for name, part in progress.track(parts.items(), "tokenise", unit="splits"):
         rows, dropped = tokens.encode_split(tokenizer, part, corpus.solutions, params.data.template, params.data.max_length)
         counts[name] = tokens.write_split(Path(out) / name, rows, part)
         figures[name] = {**counts[name], "dropped": dropped}
     own_data = params.source.data.kind == "synthetic"
     judge.require_strong(own_data or params.evaluation.accept_weak_sandbox, "set evaluation.accept_weak_sandbox")
     limits = judge.Limits(params.evaluation.cpu_seconds, params.evaluation.wall_seconds, params.evaluation.memory_mb)
-    for name, benchmark in corpus.benchmarks.items():
+    for name, benchmark in progress.track(corpus.benchmarks.items(), "judge references", unit="benchmarks"):
         write_jsonl(Path(out) / "benchmarks" / f"{name}.jsonl", benchmark)
         checked = judge.self_check(benchmark, limits, params.evaluation.workers)
         figures[name] = {"problems": len(benchmark), "references_passed": checked["n_passed"], "references_failed": checked["failed"]}

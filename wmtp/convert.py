@@ -14,6 +14,7 @@ from torch import Tensor
 
 from wmtp.atomic import one_line
 from wmtp.bundle import BundleError, ModelArgs, check_keys, check_names, open_shard, read_json, tensor_shapes, write_bundle
+from wmtp.progress import track
 
 Named = dict[str, Tensor]
 
@@ -78,6 +79,7 @@ def convert(source: str | Path, out: str | Path, extra: dict | None = None) -> N
     tokenizer = (source / "tokenizer.model").read_bytes()
     check_tokenizer(source / "tokenizer.model", tokenizer, args.vocab_size)
     label = f"{'meta' if meta else 'huggingface'}:{source.name}"
+    stream = track(stream, f"convert {source.name}", len(tensor_shapes(args)), "tensors")
     write_bundle(out, args, stream, tokenizer, source=label, dropped=dropped, extra=facts | (extra or {}))
 
 

@@ -28,6 +28,7 @@ from wmtp.grammar import (
     program,
     statement,
 )
+from wmtp.progress import track
 from wmtp.protocols import Template, instruction_of, render_prompt
 from wmtp.records import AssertTests, CheckTests, Problem, StdioTests, atomic_path
 
@@ -240,7 +241,8 @@ def generate(
     mbpp = [source.draw("mbpp", next(families), "evaluate") for _ in numbers]
     source.hold_out()
     forms = itertools.cycle(TRAIN_FORMS)
-    train = [source.draw(next(forms), next(families), "train") for _ in range(n_train_compositions)]
+    numbered = track(range(n_train_compositions), "training problems", unit="problems")
+    train = [source.draw(next(forms), next(families), "train") for _ in numbered]
     contests, functions = [task for task in train if task.form == "contest"], [task for task in train if task.form != "contest"]
     assert not source.held_out & {key(text) for task in train for text in (task.composition, task.mutation.composition)}
     return {
