@@ -34,7 +34,7 @@ def run(folder: Path, *command: str, check: bool = True) -> subprocess.Completed
 
 
 def copied(folder: Path) -> Path:
-    """A repository of its own with this working tree's files and the tiny parameters."""
+    """A repository of its own with this working tree's files."""
     listed = subprocess.run(
         ["git", "ls-files", "--cached", "--others", "--exclude-standard"], cwd=ROOT, check=True, capture_output=True, text=True
     ).stdout.splitlines()
@@ -42,11 +42,15 @@ def copied(folder: Path) -> Path:
         if (ROOT / name).is_file() and not name.startswith("metrics/") and not name.endswith("dvc.lock"):
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(ROOT / name, folder / name)
-    run(folder, sys.executable, "-m", "wmtp.overlay", "presets/tiny.yaml", "--write", "params.yaml")
     run(folder, "git", "init", "-q", "-b", "main")
     run(folder, "git", "add", "-A")
-    run(folder, "git", "commit", "-qm", "tiny")
+    run(folder, "git", "commit", "-qm", "copy")
     return folder
+
+
+def typed(folder: Path, line: str, check: bool = True) -> subprocess.CompletedProcess:
+    """A line as a user types it into a shell, from the root of the repository."""
+    return run(folder, "bash", "-c", line, check=check)
 
 
 def built(shared: Path) -> Path:
@@ -56,7 +60,7 @@ def built(shared: Path) -> Path:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not (folder / ".done").exists():
             shutil.rmtree(folder, ignore_errors=True)
-            run(copied(folder), "dvc", "repro")
+            typed(copied(folder), "dvc exp run $(python -m wmtp.overlay presets/tiny.yaml)")
             run(folder, "git", "add", "-A")
             run(folder, "git", "commit", "-qm", "results")
             (folder / ".git/info/exclude").write_text(".done\n")

@@ -1,6 +1,7 @@
 """The schema: every fault is one line that says what, where, expected and found; a stage sees what it declares."""
 
 import copy
+import re
 import shutil
 from typing import Any
 
@@ -143,9 +144,11 @@ def with_arms(*arms, **blocks):
 
 def test_arms_of_a_study_have_a_control_that_reads_the_same_rows():
     """Whatever their names are; arms of pairs with a critic of its own and with a shared one each have theirs."""
-    pairs = {"policy_on_incorrect": "weighted"}
+    pairs, flat = {"policy_on_incorrect": "weighted"}, {"gamma": 1.0, "terminal_credit": False}
     blocks = {
-        "on_pairs": methods.block("verifiable", **pairs), "even": methods.block("constant_critic", **pairs),
+        "on_pairs": methods.block("verifiable", **pairs), "even": methods.block("constant_critic", **pairs, **flat),
+        "discounted": methods.block("constant_critic", **pairs, **flat | {"gamma": 0.99}),
+        "paid": methods.block("constant_critic", **pairs, **flat | {"terminal_credit": True}),
         "one_net": methods.block("verifiable_shared", beta=0.3),
     }  # fmt: skip
     whole = validate(with_arms("baseline", "rho1", "on_pairs", "even", "one_net", "uniform_shared", **blocks))
@@ -155,6 +158,8 @@ def test_arms_of_a_study_have_a_control_that_reads_the_same_rows():
     }  # fmt: skip
     for arms, told in (
         (("baseline", "on_pairs"), "on_pairs reads pairs, .* expected a block with weighting constant_critic"),
+        (("baseline", "on_pairs", "discounted"), r"on_pairs reads pairs, .* gamma 1\.0 and no terminal_credit"),
+        (("baseline", "on_pairs", "paid"), r"on_pairs reads pairs, .* gamma 1\.0 and no terminal_credit"),
         (("baseline", "verifiable_shared", "even"), "verifiable_shared reads pairs with a shared critic, .* as uniform_shared; add it"),
         (("baseline", "even"), "study.arms: baseline, even: each is"),
     ):
@@ -179,9 +184,12 @@ def test_numbers_as_dvc_writes_them_and_as_yaml_reads_them_not(tmp_path):
     text = (ROOT / "params.yaml").read_text()
     (tmp_path / "params.yaml").write_text(text.replace("beta: 0.9 ", "beta: 1e-05 "))
     assert load(tmp_path).training.beta == 1e-5
-    (tmp_path / "params.yaml").write_text(text.replace("beta: 0.9 ", "beta: 1e-5 "))
-    with pytest.raises(ParameterError, match=r"training\.beta: YAML reads 1e-5 as text, expected a number; write 1\.0e-5"):
-        load(tmp_path)
+    for written, better in (("1e-5", "1.0e-5"), ("1e4", "1.0e+4"), ("2E+03", "2.0e+3")):
+        (tmp_path / "params.yaml").write_text(text.replace("beta: 0.9 ", f"beta: {written} "))
+        said = rf"training\.beta: YAML reads {re.escape(written)} as text, expected a number; write {re.escape(better)}$"
+        with pytest.raises(ParameterError, match=said):
+            load(tmp_path)
+        assert parse_yaml(better) == float(written), "the advice must be read as a number"
 
 
 def test_declared_keys_fill_in_the_cell_of_a_matrix():

@@ -54,16 +54,44 @@ def test_editing_one_method_runs_that_method_again(finished):
     restored(finished)
 
 
+def test_a_stage_under_torchrun_is_a_child_run_in_mlflow(finished, tmp_path):
+    """Two processes, one record: parameters, metrics and the weights' statistics step by step."""
+    from mlflow import MlflowClient
+
+    folder = cloned(finished, tmp_path / "tracked")
+    run(
+        folder, "dvc", "exp", "run", "--name", "tracked", "-S", "tracking.enabled=true", "-S", "run.n_processes=2", "-s", "train@verifiable"
+    )
+    client = MlflowClient(f"sqlite:///{folder}/.mlflow/mlflow.db")
+    deadline = time.monotonic() + 60
+    while list((folder / ".mlflow/outbox").glob("*")):
+        assert time.monotonic() < deadline, "the writer did not end"
+        time.sleep(0.5)
+    runs = client.search_runs([experiment.experiment_id for experiment in client.search_experiments()])
+    (parent,), (child,) = ([one for one in runs if ("mlflow.parentRunId" in one.data.tags) == inner] for inner in (False, True))
+    assert child.data.tags["mlflow.parentRunId"] == parent.info.run_id and parent.data.tags["wmtp.key"] == "tracked"
+    assert (child.data.tags["stage"], child.info.status) == ("train@verifiable", "FINISHED")
+    assert child.data.params["training.beta"] == "0.9" and child.data.metrics["total_flops"] > 0
+    logged = (folder / "metrics/verifiable/train.csv").read_text().splitlines()[1:]
+    for name in ("weight_ess", "weight_mean", "ce_head3"):
+        assert [one.step for one in client.get_metric_history(child.info.run_id, name)] == [int(line.split(",")[0]) for line in logged]
+
+
 def test_metrics_diff_between_two_methods(finished):
     shown = run(finished, "launch/diff-methods", "baseline", "ntp").stdout
     assert "metrics/selected.json" in shown and "training.parameters" in shown
 
 
 def test_plots_are_defined_on_columns_that_exist(finished):
+    plots = {name: plot for one in yaml.safe_load((finished / "dvc.yaml").read_text())["plots"] for name, plot in one.items()}
     run(finished, "dvc", "plots", "show", "-o", "plots")
     page = (finished / "plots/index.html").read_text()
-    for name in ("loss", "cross-entropy-head-0", "effective-share-of-tokens", "pass-at-1-humaneval"):
+    for name, plot in plots.items():
         assert name in page
+        x = plot["x"] if isinstance(plot["x"], dict) else dict.fromkeys(plot["y"], plot["x"])
+        for file, wanted in [*x.items(), *plot["y"].items()]:
+            columns = (finished / file).read_text().splitlines()[0].split(",")
+            assert {wanted} <= set(columns) if isinstance(wanted, str) else set(wanted) <= set(columns), (name, file, wanted)
 
 
 def test_two_seeds_through_the_queue(finished):

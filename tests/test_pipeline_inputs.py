@@ -2,12 +2,12 @@
 
 import json
 import os
-import sys
+import shutil
 
 import pytest
 import yaml
 
-from tests.pipeline import METHODS, cloned, restored, run, stages_run
+from tests.pipeline import METHODS, cloned, restored, run, stages_run, typed
 from wmtp.dependencies import ROOT
 
 pytestmark = pytest.mark.slow
@@ -30,6 +30,36 @@ def test_a_bad_value_is_one_line(finished, key, value, expected):
     assert "Traceback" not in done.stdout + done.stderr
 
 
+def test_what_is_absent_is_one_line_and_the_next_repro_goes_on(finished, tmp_path):
+    """A checkpoint's file, then a line of a data file, both in folders of the user's own."""
+    folder = cloned(finished, tmp_path / "local")
+    mine = tmp_path / "mine"
+    for name in ("policy", "reference"):
+        shutil.copytree(folder / "models/raw" / name, mine / name)
+    shutil.copytree(folder / "data/raw", mine / "data")
+    weights, problems = mine / "policy/consolidated.pth", mine / "data/mbpp/mbpp.jsonl"
+    kept, lines = weights.read_bytes(), problems.read_text().splitlines(keepends=True)
+    weights.unlink()
+    problems.write_text("".join([*lines[:2], '{"task_id": 7\n', *lines[3:]]))
+    values = yaml.safe_load((folder / "params.yaml").read_text())
+    values["source"]["checkpoint"] = {"kind": "local", "policy": str(mine / "policy"), "reference": str(mine / "reference")}
+    values["source"]["data"] = {"kind": "local", "path": str(mine / "data")}
+    values["source"]["data"]["folders"] = {name: name for name in ("codecontests", "functions", "humaneval", "mbpp")}
+    (folder / "params.yaml").write_text(yaml.safe_dump(values))
+    for target, mend in (("build-micro-model", lambda: weights.write_bytes(kept)), ("prepare-and-validate-datasets", None)):
+        done = run(folder, "dvc", "repro", target, check=False)
+        said = done.stdout + done.stderr
+        assert done.returncode != 0 and "Traceback" not in said
+        if mend:
+            assert "policy: expected consolidated*.pth (Meta)" in said
+            mend()
+            run(folder, "dvc", "repro", target)
+        else:
+            assert "mbpp.jsonl:3: line: Invalid JSON" in said
+            problems.write_text("".join(lines))
+            run(folder, "dvc", "repro", target)
+
+
 REAL = ROOT.parent / "shared" / "datasets"
 
 
@@ -40,26 +70,21 @@ def test_real_files_go_through_every_stage(finished, tmp_path):
     assert REAL.is_dir(), f"{REAL} is absent; WMTP_REAL_DATA=require needs it"
     folder = tmp_path / "real"
     cloned(finished, folder)
-    run(folder, sys.executable, "-m", "wmtp.overlay", "presets/real-data.yaml", "--write", "params.yaml")
-    values = yaml.safe_load((folder / "params.yaml").read_text())
-    values["source"]["data"]["path"] = str(REAL)
-    values["evaluation"]["max_tokens"] = 8
-    values["run"]["n_processes"] = 2
-    for section in ("warm_up", "reference", "critic", "training"):  # rows of a thousand tokens: a few steps of each
-        values[section]["n_epochs"] = 0.1
-    (folder / "params.yaml").write_text(yaml.safe_dump(values))
-    run(folder, "dvc", "repro")
+    # Rows of a thousand tokens: a few steps of each training.
+    short = " ".join(f"-S {section}.n_epochs=0.1" for section in ("warm_up", "reference", "critic", "training"))
+    command = f"dvc exp run $(python -m wmtp.overlay presets/real-data.yaml) -S source.data.path={REAL}"
+    typed(folder, f"{command} -S evaluation.max_tokens=8 -S run.n_processes=2 {short}")
     data = json.loads((folder / "metrics/data.json").read_text())
     assert data["humaneval"]["problems"] == data["humaneval"]["references_passed"] == 164
     assert data["mbpp"]["problems"] == data["mbpp"]["references_passed"] == 500
     for method in ("start", *METHODS):
         figures = json.loads((folder / f"metrics/{method}/eval.json").read_text())
         assert (figures["humaneval"]["n_problems"], figures["mbpp"]["n_problems"]) == (164, 500)
+    assert "No program of any method passed" in (folder / "metrics/report/table.md").read_text()
 
 
 def test_the_7b_preset_is_a_pipeline_that_dvc_can_plan(finished):
-    run(finished, sys.executable, "-m", "wmtp.overlay", "presets/7b.yaml", "--write", "params.yaml")
-    planned = stages_run(run(finished, "dvc", "repro", "--dry", "compare"))
+    planned = stages_run(typed(finished, "dvc exp run --dry $(python -m wmtp.overlay presets/7b.yaml) compare"))
     restored(finished)
     assert {f"train@{method}" for method in METHODS} <= planned
     assert not {"warm-up", "build-micro-model"} & planned, "the 7B policies start from the base itself"
