@@ -46,18 +46,14 @@ def test_what_is_absent_is_one_line_and_the_next_repro_goes_on(finished, tmp_pat
     values["source"]["data"] = {"kind": "local", "path": str(mine / "data")}
     values["source"]["data"]["folders"] = {name: name for name in ("codecontests", "functions", "humaneval", "mbpp")}
     (folder / "params.yaml").write_text(yaml.safe_dump(values))
-    for target, mend in (("build-micro-model", lambda: weights.write_bytes(kept)), ("prepare-and-validate-datasets", None)):
+    for target, told, mend in (
+        ("build-micro-model", f"{mine}/policy: expected consolidated*.pth (Meta)", lambda: weights.write_bytes(kept)),
+        ("prepare-and-validate-datasets", f"{problems}:3: line: Invalid JSON", lambda: problems.write_text("".join(lines))),
+    ):
         done = run(folder, "dvc", "repro", target, check=False)
-        said = done.stdout + done.stderr
-        assert done.returncode != 0 and "Traceback" not in said
-        if mend:
-            assert "policy: expected consolidated*.pth (Meta)" in said
-            mend()
-            run(folder, "dvc", "repro", target)
-        else:
-            assert "mbpp.jsonl:3: line: Invalid JSON" in said
-            problems.write_text("".join(lines))
-            run(folder, "dvc", "repro", target)
+        assert done.returncode != 0 and told in done.stdout + done.stderr and "Traceback" not in done.stdout + done.stderr
+        mend()
+        run(folder, "dvc", "repro", target)
 
 
 REAL = ROOT.parent / "shared" / "datasets"

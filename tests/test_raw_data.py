@@ -121,6 +121,24 @@ def test_a_folder_without_data_is_an_error_before_anything_is_copied(raw, tmp_pa
     assert not list(tmp_path.glob("out/**/*.jsonl*"))
 
 
+def test_a_bad_line_is_told_by_the_callers_file_before_anything_is_copied(raw, tmp_path):
+    """DVC does not see a folder from outside change: a bad copy would stay when the line is mended."""
+    file = raw / "mbpp" / "mbpp.jsonl"
+    lines = file.read_text().splitlines(keepends=True)
+    file.write_text("".join([*lines[:2], "{\n", *lines[3:]]))
+    with pytest.raises(RecordError, match=rf"^{file}:3: line: Invalid JSON"):
+        copy_folders(raw, SAME_NAMES, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    file.write_text("".join(lines))
+    assert copy_folders(raw, SAME_NAMES, tmp_path / "out")["mbpp"] == 1
+
+
+@pytest.mark.parametrize("name", ["humaneval", "mbpp"])
+def test_a_benchmark_cannot_be_left_out(raw, tmp_path, name):
+    with pytest.raises(RecordError, match=rf"source\.data\.folders\.{name}: expected a folder, .* found null"):
+        copy_folders(raw, SAME_NAMES | {name: None}, tmp_path / "out")
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not DATASETS.is_dir(), reason="the real data sets are not here")
 def test_the_real_folder_reads_through(tmp_path):

@@ -29,7 +29,11 @@ class Corpus(NamedTuple):
 
 
 def copy_folders(path: Path, folders: Mapping[str, str | None], out: Path) -> dict[str, int]:
-    """The named folders of `path` as out/codecontests and so on; everything is checked to be there before anything is copied."""
+    """The named folders of `path` as out/codecontests and so on, once every line of them has been read as a record.
+
+    A fault is told by the caller's own file, and nothing is copied: DVC does not see a folder from outside change, so what was copied
+    once with a bad line would stay when that line is mended.
+    """
     wanted = {name: path / folder for name, folder in folders.items() if folder is not None}
     for name, folder in wanted.items():
         if not folder.is_dir():
@@ -39,6 +43,7 @@ def copy_folders(path: Path, folders: Mapping[str, str | None], out: Path) -> di
         found[name] = files = [file for file in sorted(folder.iterdir()) if file.name.endswith((".jsonl", ".jsonl.gz"))]
         if not files:
             raise RecordError(f"{folder}: no .jsonl or .jsonl.gz file there; source.data.folders.{name} should name the {name} files")
+    read(wanted)
     counts = {}
     for name, files in found.items():
         (out / name).mkdir(parents=True, exist_ok=True)
@@ -49,18 +54,25 @@ def copy_folders(path: Path, folders: Mapping[str, str | None], out: Path) -> di
 
 
 def read_raw(raw: Path) -> Corpus:
-    """Every folder as records; MBPP's test part is a benchmark, its training part is trained on, its other parts are left out."""
+    """Every folder of data/raw as records; see `read`."""
+    return read({name: raw / name for name in FOLDERS})
+
+
+def read(folders: Mapping[str, Path]) -> Corpus:
+    """Folders by name as records; MBPP's test part is a benchmark, its training part is trained on, its other parts are left out."""
+    if absent := [name for name in ("humaneval", "mbpp") if name not in folders]:
+        raise RecordError(f"source.data.folders.{absent[0]}: expected a folder, since evaluation needs the benchmark; found null")
     training: list[Problem] = []
     solutions: dict[str, list[Solution]] = {}
     dropped: Counter[str] = Counter()
     for name, reader in (("codecontests", problems.read_codecontests), ("functions", problems.read_functions)):
-        if (raw / name).is_dir():
-            found, programs, reasons = reader(raw / name)
+        if name in folders and folders[name].is_dir():
+            found, programs, reasons = reader(folders[name])
             training += found
             dropped.update({f"{name}: {reason}": count for reason, count in reasons.items()})
             for program in programs:
                 solutions.setdefault(program.task_id, []).append(program)
-    mbpp = problems.read_mbpp(data_file(raw / "mbpp", "mbpp"))
+    mbpp = problems.read_mbpp(data_file(folders["mbpp"], "mbpp"))
     for problem in mbpp:
         if problems.mbpp_split(problem) == "train":
             training.append(problem)
@@ -69,7 +81,7 @@ def read_raw(raw: Path) -> Corpus:
                          origin="reference")
             ]  # fmt: skip
     benchmarks = {
-        "humaneval": problems.read_humaneval(data_file(raw / "humaneval", "HumanEval")),
+        "humaneval": problems.read_humaneval(data_file(folders["humaneval"], "HumanEval")),
         "mbpp": [problem for problem in mbpp if problems.mbpp_split(problem) == "test"],
     }
     return Corpus(training, solutions, benchmarks, dropped)
