@@ -7,6 +7,13 @@ from pydantic import Discriminator, Field, Tag, model_validator
 from wmtp.schema import Fraction, Positive, Section
 
 KeepFraction = Annotated[float, Field(gt=0, le=1, description="share of a sequence's tokens that train")]
+Gamma = Annotated[float, Field(gt=0, le=1, description="discount a token of the advantage; 1: none")]
+Lam = Annotated[
+    Fraction | Literal["length_adaptive"],
+    Field(description="of GAE, 0: one value's difference, 1: all that follow; length_adaptive: max(0, 1 - 1 / (0.05 tokens)), by row"),
+]
+LowClip = Annotated[float, Field(ge=0, lt=1, description="least weight, in units of the mean weight")]
+HighClip = Annotated[float, Field(gt=1, description="greatest weight, in units of the mean weight")]
 HeadMode = Annotated[
     Literal["shared_target", "per_head", "per_head_zscore", "pooled"], Field(description="whose excess decides: see wmtp.weighting.excess")
 ]
@@ -84,12 +91,12 @@ class Exponential(Section):
     """From advantages to weights."""
 
     beta: Annotated[float, Field(gt=0)] | None = Field(description="temperature of exp(z / beta); null: training.beta")
-    gamma: Annotated[float, Field(gt=0, le=1)]
-    lam: Fraction | Literal["length_adaptive"]
+    gamma: Gamma
+    lam: Lam
     sigma_floor: Annotated[float, Field(gt=0)] = Field(description="least standard deviation that an advantage is divided by")
-    z_clip: Annotated[float, Field(gt=0)]
-    weight_clip_min: Annotated[float, Field(ge=0, lt=1)]
-    weight_clip_max: Annotated[float, Field(gt=1)]
+    z_clip: Annotated[float, Field(gt=0)] = Field(description="greatest |z|, in standard deviations of the advantage")
+    weight_clip_min: LowClip
+    weight_clip_max: HighClip
     terminal_credit: bool = Field(description="pay R - v at the last token too; a critic that knows nothing then weighs it most")
 
 
@@ -116,8 +123,8 @@ class PositiveAdvantageMethod(Method):
     weighting: Literal["advantage", "shuffled"]
     critic: Literal["separate"] = Field(description="a network of its own, whose values are cached")
     policy_on_incorrect: Literal["binary"] = Field(description="pairs of a correct and an incorrect program, both weighed 1[A > 0]")
-    gamma: Annotated[float, Field(gt=0, le=1)]
-    lam: Fraction | Literal["length_adaptive"]
+    gamma: Gamma
+    lam: Lam
     terminal_credit: bool = Field(description="pay R - v at the last token too")
 
 
@@ -129,14 +136,14 @@ class PositionOnlyMethod(AdvantageMethod):
 class OracleMethod(Method):
     weighting: Literal["oracle"]
     emphasis: Annotated[float, Field(gt=0)] = Field(description="weight of a decisive token in units of another's, before the projection")
-    weight_clip_min: Annotated[float, Field(ge=0, lt=1)]
-    weight_clip_max: Annotated[float, Field(gt=1)]
+    weight_clip_min: LowClip
+    weight_clip_max: HighClip
 
 
 class BinaryMethod(Method):
     weighting: Literal["crr_binary"]
-    gamma: Annotated[float, Field(gt=0, le=1)]
-    lam: Fraction | Literal["length_adaptive"]
+    gamma: Gamma
+    lam: Lam
 
 
 class RandomBudgetMethod(Method):
