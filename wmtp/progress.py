@@ -10,6 +10,7 @@ from typing import Any, Literal, Self, TypeVar
 Level = Literal["quiet", "info", "debug"]
 LEVELS: tuple[Level, ...] = ("quiet", "info", "debug")
 CADENCE = 10.0  # seconds between two lines of one bar in a log
+SETTLED = 1.0  # seconds before which the rate is that of a start, and its estimate an alarm
 
 _level: Level = "info"
 _live = False  # a terminal has room for one live bar; a bar inside it writes plain lines above it
@@ -103,7 +104,7 @@ class Bar:
             parts.append(f"{shown} {self.unit}/s" if self.unit else f"{shown}/s")
         if end:
             parts.append(f"{end} in {duration(elapsed)}")
-        elif rate and self.total and self.done < self.total:
+        elif rate and self.total and self.done < self.total and elapsed >= SETTLED:
             left = (self.total - self.done) / rate
             parts.append(f"about {duration(left)} left, until {time.strftime('%H:%M:%S', time.localtime(time.time() + left))}")
         return ", ".join([*parts, self._note] if self._note else parts)
