@@ -110,6 +110,7 @@ def test_side_by_side_ends_where_one_after_the_other_does(finished, tmp_path):
     folder = tmp_path / "parallel"
     cloned(finished, folder)
     edited = (folder / "params.yaml").read_text().replace("seed: 1 ", "seed: 5 ")
+    assert yaml.safe_load(edited)["training"]["seed"] == 5
     for place in (folder, finished):
         (place / "params.yaml").write_text(edited)
     run(folder, "launch/train-in-parallel", "baseline", "rho1")

@@ -103,6 +103,7 @@ def test_a_study_trains_every_arm_with_every_seed_and_a_further_arm_alone_when_i
     listed = f"arms: [{', '.join(whole)}]"
     text = file.read_text().replace("seeds: [1, 2, 3, 4, 5, 6]", "seeds: [1, 2]").replace("n_samples: 4", "n_samples: 2")
     file.write_text(text.replace(listed, "arms: [baseline, ntp_full, shuffled]"))
+    assert yaml.safe_load(file.read_text())["study"] == {"arms": ["baseline", "ntp_full", "shuffled"], "seeds": [1, 2], "n_samples": 2}
     run(folder, "launch/study", "2")
     arms = {"baseline", "ntp_full", "shuffled"}
     assert study_cells(folder) == {f"{arm}-{seed}" for arm in arms for seed in (1, 2)}
