@@ -20,7 +20,7 @@ def work(params: Any, track: Any, model: str, processed: str, out: str) -> None:
         data = TokenData(processed, "policy")
         check_same_tokenizer(data.tokenizer_sha256, Path(model) / "trunk", "the critic")
         check_out_of_fold(learned_from(model), data, model)
-        critic = load_critic(model, device=world.device, dtype=getattr(torch, params.run.dtype)).eval()
+        critic = load_critic(model, device=world.device, dtype=torch.float32).eval()
         passed, score = json.loads((Path(model) / "gate.json").read_text())["passed"], scoring.critic_value(critic)
         spent = {"training_flops": training_flops(model), "scoring_flops": flops.forward(critic, data.lengths, data.response_start)}
         origin = {"model": Path(model), "gate_passed": passed, "unit": critic.unit, **spent}

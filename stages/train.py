@@ -44,6 +44,7 @@ def work(params: Any, track: Any, method: str, start: str, processed: str, signa
         objective = shared.objective(settings, own)
         inputs |= signal_input | {"start": bundle_sha256(start), "data": data.sha256}
         with train.fitted(model, objective, plan, params, world, stage=f"train-{method}", inputs=inputs, on_log=track.log) as records:
+            shared.warn_if_dead(records, f"train-{method}")
             figures = train.account(model, objective, plan, records[-1], signal_flops)
             figures |= train.validation(model, TokenData(processed, "validation"), world, params.optimizer.micro_batch_tokens)
             save_model(policy, Path(start), Path(out), world, {"stage": "train", "method": method, **train.record(model, plan, start)})

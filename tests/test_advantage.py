@@ -273,5 +273,7 @@ def test_wrong_masks_are_refused(values, response, message):
 
 def test_a_response_without_a_state_before_it_is_refused():
     check_starts(mask())
-    with pytest.raises(ValueError, match="position 0"):
-        check_starts(mask(((0, 3), *SPANS[1:])))
+    early = mask(((0, 3), *SPANS[1:]))
+    for function in (lambda: check_starts(early), lambda: gae(values_of(0), rewards(), early, 1.0, 0.95)):
+        with pytest.raises(ValueError, match="position 0"):
+            function()

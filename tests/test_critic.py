@@ -420,15 +420,17 @@ def test_a_value_head_of_another_shape_or_name_is_refused(saved, change):
 # --- pairs -------------------------------------------------------------------------------------------------------------------------
 
 
-def split(*problems):
-    """Token data of these problems, each (lengths of correct rows, lengths of incorrect rows), rows numbered in that order."""
+def split(*problems, prompt=0):
+    """Token data of these problems, each (response lengths of correct rows, of incorrect rows), rows numbered in that order."""
     data, index, lengths, labels = object.__new__(TokenData), [], [], []
     for right, wrong in problems:
         first = len(lengths)
         lengths += [*right, *wrong]
         labels += [True] * len(right) + [False] * len(wrong)
         index.append({"correct": [*range(first, first + len(right))], "incorrect": [*range(first + len(right), len(lengths))]})
-    data.path, data.problems, data.lengths, data.is_correct = "here", index, np.array(lengths), np.array(labels)
+    data.path, data.problems, data.is_correct = "here", index, np.array(labels)
+    data.response_start = np.full(len(lengths), prompt)
+    data.lengths = np.array(lengths) + data.response_start
     data.problem_of = np.array([p for p, entry in enumerate(index) for kind in ("correct", "incorrect") for _ in entry[kind]])
     return data
 
@@ -464,6 +466,12 @@ def test_a_program_is_paired_with_one_of_like_length(few, many, partners, swap):
     data = split((many, few) if swap else (few, many))
     lengths = {tuple(sorted(data.lengths[pair].tolist())) for pair in pairs(data)}
     assert lengths == {tuple(sorted(pair)) for pair in zip(few, partners)}
+
+
+def test_a_long_prompt_makes_no_lengths_alike():
+    assert len(pairs(split(([100], [30, 100]), prompt=5000))) == 1
+    with pytest.raises(ValueError, match="of like length"):
+        pairs(split(([100], [30]), prompt=5000))
 
 
 def test_length_tells_nothing_about_the_label_of_a_pair():

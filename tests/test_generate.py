@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from tests.test_model import GROUPED, random_model
+from wmtp.bundle import NotFinite
 from wmtp.generate import Request, _together, choose, generate, gumbel
 from wmtp.protocols import PROTOCOLS, with_sampling
 from wmtp.sampling import Benchmark, complete
@@ -265,3 +266,13 @@ def test_complete_survives_a_model_with_more_rows_than_the_tokenizer_has_pieces(
     padded = random_model(replace(writer.args, vocab_size=len(tokenizer) + 40), seed=4).eval()
     found = complete(padded, tokenizer, asked(corpus), "alpaca", ALONE, seed=1, batch_rows=64)
     assert len(found) == 9
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.9])
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+def test_logits_that_are_no_numbers_make_no_completion(temperature, number):
+    model = random_model(replace(GROUPED, n_layers=3, n_future_tokens=2)).eval()
+    with torch.no_grad():
+        model.output.weight[7] = number
+    with pytest.raises(NotFinite, match=r"task/a: the model's logits for token 1 of a completion are not finite"):
+        run(model, [Request("task/a", 0, [3, 4, 5], temperature)])

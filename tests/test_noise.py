@@ -33,6 +33,12 @@ def test_a_number_depends_on_seed_row_and_place_alone():
     assert not (noise.uniform(4, rows, 20) == found).any()
 
 
+def test_streams_of_one_seed_and_row_are_independent():
+    found = np.stack([noise.uniform(1, torch.arange(40), 100, stream).numpy().ravel() for stream in ("", "shuffled", "random_k")])
+    assert abs(np.corrcoef(found) - np.eye(3)).max() < 0.06
+    assert not torch.equal(noise.uniform(1, torch.arange(2), 9, "a"), noise.uniform(2, torch.arange(2), 9, "a"))
+
+
 @pytest.mark.parametrize("axis", ["places", "rows", "seeds"])
 def test_numbers_are_uniform_and_uncorrelated(axis):
     n = 4000

@@ -534,6 +534,40 @@ def test_a_broken_value_stops_the_step_before_its_forward(content):
         objective("verifiable").prepare(step)
 
 
+@pytest.mark.parametrize("needs_forward", [False, True])
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda weight: weight.half(), "weights are float16, expected float32 or float64 and detached"),
+        (lambda weight: weight.bfloat16(), "weights are bfloat16, expected"),
+        (lambda weight: weight.clone().requires_grad_(), "weights are float32, part of a graph, expected"),
+    ],
+)
+def test_weights_of_another_type_or_in_a_graph_are_refused(change, message, needs_forward, models):
+    class Changed(Faulty):
+        def function(self):
+            whole = super().function()
+            if self.needs_forward:
+                return lambda ce_BTF, signal_BT, response_BT, **_: change(whole(ce_BTF, signal_BT, response_BT).float())
+            return lambda signal_BT, response_BT: change(whole(signal_BT, response_BT).float())
+
+    with pytest.raises(WeightError, match=message):
+        prepared(models[F], PolicyObjective(Changed("1", None, needs_forward), {}, F), whole_step())
+
+
+@pytest.mark.parametrize("name", ["verifiable", "verifiable_shared", "oracle"])
+@pytest.mark.parametrize("mix", [1.0, 0.5])
+def test_a_weight_outside_its_clips_is_refused(name, mix):
+    """Mean 1 all the same: the projection that made it was another one."""
+    work, spread = objective(name, mix=mix), torch.tensor([0.05, 1.95]).repeat(T // 2)
+    clips = {"weight_clip_min": 0.1, "weight_clip_max": 5.0}
+    assert work._clips == (1 - 0.9 * mix, 1 + 4 * mix)
+    weight_BT = (1 + mix * (spread - 1)).expand(2, T)
+    with pytest.raises(WeightError, match=rf"{T} of {2 * T} weights lie outside their clips"):
+        check_weights(weight_BT, torch.ones(2, T, dtype=torch.bool), work._clips)
+    assert clips.items() <= work.settings.items() and check_weights(weight_BT, torch.ones(2, T, dtype=torch.bool)) is weight_BT
+
+
 class Faulty(Method):
     """A weighting whose every weight is its name, on the right entries."""
 
@@ -821,9 +855,40 @@ def test_a_shared_critic_reads_no_scores_under_whatever_name(token_data):
         policy_signal("verifiable_shared", settings_of("verifiable"), "nowhere", token_data, never)
 
 
-@pytest.mark.parametrize(("w", "n", "ok"), [(8.0, 8, True), (0.0, 8, False), (7.99, 8, False), (float("nan"), 8, False)])
-def test_weights_that_do_not_reach_the_loss_are_found(w, n, ok):
-    if ok:
-        return check_reached(w, n)
-    with pytest.raises(WeightError, match="weights that reached the loss have mean"):
-        check_reached(w, n)
+@pytest.mark.parametrize(
+    "w, wce, met, lagged, message",
+    [
+        (8.0, 4.0, 4.0, False, None),
+        (0.0, 4.0, 4.0, False, "weights that reached the loss have mean 0"),
+        (7.99, 4.0, 4.0, False, "have mean 0.99875"),
+        (math.nan, 4.0, 4.0, False, "have mean nan"),
+        (7.99, 4.0, 4.0, True, None),
+        (8.0, 4.0, 3.99, False, "its gradient is that of a loss of 3.99"),
+        (8.0, 4.0, 3.99, True, "its gradient is that of a loss of 3.99"),
+        (8.0, 4.0, math.nan, False, "its gradient is that of a loss of nan"),
+        (8.0, 0.0, 0.0, False, None),
+    ],
+)
+def test_weights_that_do_not_reach_the_loss_are_found(w, wce, met, lagged, message):
+    if message is None:
+        return check_reached(w, wce, met, 8, lagged)
+    with pytest.raises(WeightError, match=message):
+        check_reached(w, wce, met, 8, lagged)
+
+
+@pytest.mark.parametrize("name", ["verifiable", "rho1"])
+def test_a_gradient_of_unweighted_losses_changes_no_model(name):
+    """Though weights and log are right."""
+
+    class Unweighted(PolicyObjective):
+        def weighted(self, batch, ce_BTF, entropy_BTF, valid_BTF):
+            _, sums = super().weighted(batch, ce_BTF, entropy_BTF, valid_BTF)
+            total = (ce_BTF * valid_BTF).sum()
+            return total, sums | {"met": total.detach().double()}
+
+    model, work = small_model(torch.float64), objective(name)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    work = Unweighted(work.method, work.settings, work.n_future)
+    with pytest.raises(WeightError, match="the weights did not reach it"):
+        train_step(model, torch.optim.SGD(model.parameters(), lr=1.0), work, whole_step(name), World(0, 1, torch.device("cpu")), 40, 1.0)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())

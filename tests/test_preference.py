@@ -150,6 +150,11 @@ def test_the_accuracy_is_that_of_the_last_judged_states():
     assert work.summary(train(critic, work, step, 2 * T, 3)[2])["pair_accuracy"] == sum(r[-1] > w[-1] for r, w in rows) / len(rows)
 
 
+def test_a_response_without_a_state_before_it_is_refused():
+    with pytest.raises(ValueError, match="response starts at position 0"):
+        PairwiseObjective().prepare(replace(whole_step(((4, 9), (0, 9))), is_correct_B=torch.tensor([True, False])))
+
+
 @pytest.mark.parametrize("labels", [[True, True], [False, True], [True], [True, False, True]])
 def test_a_step_that_is_not_made_of_pairs_is_refused(labels):
     step = whole_step(((4, 9),) * len(labels))

@@ -1,7 +1,9 @@
 """One network that is policy and critic: its step against a triple loop in float64, and what must not matter (METHODS, "Critic")."""
 
+import itertools
 import json
 import math
+import statistics
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -194,6 +196,25 @@ def test_weights_take_no_part_in_the_gradient(model):
     work = objective("verifiable_shared", value_coef=1e-12)
     gradients = run(model, work, mixed_step())[1]
     assert float(gradients["value.weight"].abs().max()) < 1e-9 < float(gradients["trunk.output.weight"].abs().max())
+
+
+def test_the_log_has_the_spread_of_the_values_steps(model):
+    step, work = mixed_step(), objective(NAMES[0])
+    _, _, sums = run(model, work, step, budget=40)
+    logit = value_logits(model, step, cross_entropy(model.trunk, step))
+    steps = []
+    for b, (first, last) in enumerate(spans_of(step)):
+        v = [float(torch.sigmoid(logit[b, i].detach())) for i in range(first - 1, last)]
+        steps += [after - before for before, after in itertools.pairwise(v)]
+    assert work.summary(sums)["value_delta_std"] == pytest.approx(statistics.pstdev(steps), rel=1e-9)
+
+
+def test_a_dead_shared_critic_is_told_and_a_living_one_is_not(capsys):
+    shared.warn_if_dead([{"value_delta_std": 0.5}, {"value_delta_std": 0.004}], "train-x")
+    assert "train-x: the shared critic is DEAD: the standard deviation of its values' steps is 0.004, under 0.01" in capsys.readouterr().err
+    for records in ([{"value_delta_std": 0.02}], [{"loss": 1.0}], []):
+        shared.warn_if_dead(records, "train-x")
+    assert capsys.readouterr().err == ""
 
 
 def test_an_untrained_value_head_weighs_uniformly():

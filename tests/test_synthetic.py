@@ -9,6 +9,7 @@ import itertools
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -209,6 +210,21 @@ def test_equal_seeds_give_equal_bytes_in_another_process_and_under_another_hash_
     environment = {**os.environ, "PYTHONHASHSEED": "77", "PYTHONPATH": str(root)}
     subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True, env=environment)
     assert digests(tmp_path) == digests(out)
+
+
+def test_remarks_are_needless_tokens_above_the_programs_of_a_task_that_is_the_same(made, tmp_path):
+    generate(tmp_path, seed=5, **SIZE, remark_digits=9)
+    here, there = digests(tmp_path), digests(made[0])
+    assert {name for name in there if here[name] != there[name]} == {f"{kind}/solutions.jsonl.gz" for kind in ("codecontests", "functions")}
+    seen = set()
+    for name in ("codecontests/solutions", "functions/solutions"):
+        for plain, line in zip(every_line(made[0])[name], every_line(tmp_path)[name], strict=True):
+            remark, rest = line["output"].split("\n", 1)
+            seen.add(remark)
+            assert re.fullmatch("# [0-9]{9}", remark) and rest == plain["output"]
+            assert line["span"] == [place + len(remark) + 1 for place in plain["span"]]
+            assert line.get("fault_lines", []) == [number + 1 for number in plain.get("fault_lines", [])]
+    assert len(seen) == SIZE["n_train_compositions"], "one a problem, the same above its right and its wrong program"
 
 
 def test_another_seed_gives_other_problems(made, tmp_path):

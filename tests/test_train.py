@@ -445,6 +445,17 @@ def test_the_log_holds_its_numbers_in_full(tmp_path):
     assert (tmp_path / "log.csv").read_text() == "step,loss,rate\n1,0.30000000000000004,1e-09\n2,2.5,0.0\n"
 
 
+def test_a_model_that_is_no_numbers_is_neither_validated_nor_saved(micro, tmp_path):
+    model, data = start_model(micro.bundle), TokenData(micro.processed, "validation")
+    with torch.no_grad():
+        model.layers[0].attention.wq.weight[1, 2] = math.nan
+    with pytest.raises(NotFinite, match=r"validation: the trained model's loss by head is \[nan, nan, nan\]"):
+        train.validation(model, data, ALONE, 3000)
+    with pytest.raises(NotFinite, match=r"layers\.0\.attention\.wq\.weight, among 1 of \d+ tensors, holds numbers that are not finite"):
+        save_model(model, micro.bundle, tmp_path / "out", ALONE, {})
+    assert not (tmp_path / "out").exists()
+
+
 @torch.no_grad()
 def test_validation_is_the_mean_loss_of_each_head_over_correct_programs(micro):
     data, model = TokenData(micro.processed, "validation"), start_model(micro.bundle)

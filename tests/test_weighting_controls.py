@@ -50,7 +50,7 @@ def close(found, expected, tolerance=1e-6):
 @pytest.mark.parametrize("seed", range(5))
 def test_shuffling_keeps_each_rows_multiset_and_moves_it_by_the_key(seed):
     found, weight = shuffled.token_weights(values_of(0), mask(), ROWS, seed=seed, **SETTINGS), critic()
-    drawn = noise.uniform(seed, ROWS, T)
+    drawn = noise.uniform(seed, ROWS, T, "shuffled")
     for b, (P, L) in enumerate(SPANS):
         order = sorted(range(P, L + 1), key=lambda i: float(drawn[b, i]))
         assert found[b, P : L + 1].tolist() == [float(weight[b, i]) for i in order]
@@ -111,7 +111,7 @@ def test_position_explains_a_critic_that_sees_position_alone():
 def test_matched_weights_are_quantiles_of_the_critics_own():
     seed, weight = 5, critic()
     pool = sorted(float(weight[place]) for place in PLACES)
-    drawn = noise.uniform(seed, ROWS, T)
+    drawn = noise.uniform(seed, ROWS, T, "random_matched")
     u = {place: pool[int(float(drawn[place]) * len(pool))] for place in PLACES}
     close(random_matched.token_weights(values_of(0), mask(), ROWS, seed=seed, **SETTINGS), projected(u))
 
@@ -128,7 +128,8 @@ def test_matched_weights_have_the_critics_distribution_in_the_large():
 
 @pytest.mark.parametrize("keep_fraction", [0.1, 0.55, 0.6, 1.0])
 def test_random_k_spends_rho1s_budget_on_the_tokens_that_the_key_draws(keep_fraction):
-    found, drawn = random_k.token_weights(mask(), ROWS, keep_fraction=keep_fraction, seed=9), noise.uniform(9, ROWS, T)
+    found = random_k.token_weights(mask(), ROWS, keep_fraction=keep_fraction, seed=9)
+    drawn = noise.uniform(9, ROWS, T, "random_k")
     expected = torch.zeros(len(SPANS), T)
     for b, (P, L) in enumerate(SPANS):
         n = L - P + 1

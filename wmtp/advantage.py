@@ -34,11 +34,19 @@ def _discounted_sum(delta_BT: Tensor, rate_B1: Tensor) -> Tensor:
 def gae(values_BT: Tensor, reward_B: Tensor, response_BT: Tensor, gamma: float = 1.0, lam: float | Tensor = 1.0) -> tuple[Tensor, Tensor]:
     """Advantages [B, T] by target token and value targets [B, T] by state, from a reward paid at the last response token.
 
-    `response_BT` (bool) marks one run of tokens P..L a row; rows are not packed. That P >= 1 is the caller's to check (`check_starts`).
+    `response_BT` (bool) marks one run of tokens P..L a row, P >= 1; rows are not packed.
     `lam` may be one number or one a row.
     Both results are 0 outside their positions: P..L for advantages, P-1..L-1 for value targets (the last prompt token is trained).
     The arithmetic is float32, float64 for float64 values. METHODS: delta, A and G of the critic's section.
     """
+    check_starts(response_BT)
+    return advantages_and_targets(values_BT, reward_B, response_BT, gamma, lam)
+
+
+def advantages_and_targets(
+    values_BT: Tensor, reward_B: Tensor, response_BT: Tensor, gamma: float = 1.0, lam: float | Tensor = 1.0
+) -> tuple[Tensor, Tensor]:
+    """`gae` of a step that was looked at on the host (`check_starts`): nothing here waits for a device."""
     _check(values_BT, response_BT)
     values_BT = _at_least_float32(values_BT)
     delta_BT, last_BT = _temporal_differences(values_BT, response_BT, gamma)
@@ -65,7 +73,7 @@ def policy_advantage(
     if terminal_credit:
         if reward_B is None:
             raise ValueError("policy_advantage: terminal_credit needs reward_B, found None")
-        return gae(values_BT, reward_B, response_BT, gamma, lam)[0]
+        return advantages_and_targets(values_BT, reward_B, response_BT, gamma, lam)[0]
     values_BT = _at_least_float32(values_BT)
     delta_BT, last_BT = _temporal_differences(values_BT, response_BT, gamma)
     return _discounted_sum(delta_BT.masked_fill(last_BT, 0.0), _rate(values_BT, gamma, lam)) * response_BT
@@ -85,7 +93,7 @@ def _rate(values_BT: Tensor, gamma: float, lam: float | Tensor) -> Tensor:
 
 def check_starts(response_BT: Tensor) -> None:
     """A ValueError where a response has no state before it. It reads the mask: for the host's own step, once, before a device has it."""
-    if response_BT[:, 0].any():
+    if response_BT[:, :1].any():
         raise ValueError("gae: a response starts at position 0; the first token has no state before it, prompts need at least one token")
 
 

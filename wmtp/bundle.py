@@ -39,6 +39,10 @@ REQUIRED = ("params.json", "tokenizer.model", "meta_adapter.yaml")
 METADATA_KEYS = ("format_version", "source", "dtype", "sha256", "dropped", "extra")
 
 
+class NotFinite(ArithmeticError):
+    """A loss, a gradient, a logit or a weight of a model that is infinite or not a number."""
+
+
 class BundleError(ValueError):
     """A bundle that is not what its manifest says; one line: file or tensor, expected, found, how to mend."""
 

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from wmtp import pickled
-from wmtp.bundle import bundle_sha256, tensor_shapes, write_bundle
+from wmtp.bundle import NotFinite, bundle_sha256, tensor_shapes, write_bundle
 from wmtp.dependencies import ROOT
 from wmtp.records import atomic_path
 from wmtp.world import World
@@ -85,11 +85,19 @@ def _full_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str,
 
 
 def full_state(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Every parameter whole, on the CPU of rank 0; with sharded parameters a collective, so every rank calls it."""
+    """Every parameter whole, on the CPU of rank 0; with sharded parameters a collective, so every rank calls it. A NotFinite where one has
+    lost its meaning: no such model may be saved.
+    """
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
     state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
-    return {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+    whole = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+    if broken := [name for name, tensor in whole.items() if not bool(tensor.isfinite().all())]:
+        raise NotFinite(
+            f"{broken[0]}, among {len(broken)} of {len(whole)} tensors, holds numbers that are not finite; nothing was written, lower the"
+            " learning rate"
+        )
+    return whole
 
 
 def save_model(model: nn.Module, start: Path, out: Path, world: World, extra: dict[str, Any]) -> None:

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional
 
-from wmtp.advantage import check_starts, gae
+from wmtp.advantage import advantages_and_targets, check_starts, gae
 from wmtp.align import future_targets
 from wmtp.atomic import atomic_directory
 from wmtp.batches import Batch
@@ -32,7 +32,7 @@ from wmtp.world import World
 __all__ = ["Critic", "CriticError", "ValueObjective", "gae", "load_critic", "pairs", "save_critic"]
 
 
-LENGTH_BIN = 0.25  # of the longer program's tokens, prompt included
+LENGTH_BIN = 0.25  # of the longer program's tokens, its end of text included
 HUBER = 0.1  # distance of a value from its target at which the squared loss becomes a straight line
 Unit = Literal["probability", "logit"]
 
@@ -113,7 +113,9 @@ def pairs(data: TokenData) -> np.ndarray:
 
     So V(prompt) = 1/2 by construction, and neither the problem nor the length is a shortcut.
     """
-    found = [pair for problem in data.problems for pair in _like_length(problem["correct"], problem["incorrect"], data.lengths)]
+    # The prompt is the same for both: with it a long statement would let any two lengths pass for alike.
+    length_R = data.lengths - data.response_start
+    found = [pair for problem in data.problems for pair in _like_length(problem["correct"], problem["incorrect"], length_R)]
     if not found:
         raise ValueError(
             f"{data.path}: no problem has both a correct and an incorrect program of like length; the critic cannot learn from it"
@@ -192,7 +194,7 @@ class ValueObjective:
         """Each row's value loss [B], and detached float64 sums of rows, losses and squared errors against the reward."""
         value_BT = torch.sigmoid(logit_BT.detach())
         reward_B = batch.is_correct_B.to(value_BT.dtype)
-        _, target_BT = gae(value_BT, reward_B, batch.response_BT, self.gamma, self.lam)
+        _, target_BT = advantages_and_targets(value_BT, reward_B, batch.response_BT, self.gamma, self.lam)
         state_BT = _states(batch)
         n_B = state_BT.sum(1).clamp(min=1)
         value_loss_B = (self.state_loss(logit_BT, target_BT.clamp(0, 1), *others) * state_BT).sum(1) / n_B

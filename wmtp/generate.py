@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from wmtp.bundle import NotFinite
 from wmtp.cache import Fork
 from wmtp.model import Transformer
 from wmtp.noise import bits
@@ -103,7 +104,11 @@ def _generate_batch(
     active = list(batch)
     for n in range(max_tokens):
         token_B = choose(logits_BV[:, :n_tokens], temperature_B, key_B, position_B, top_p)
-        for request, token in zip(active, token_B.tolist()):
+        # Not a number is the maximum wherever it stands.
+        known_B = logits_BV.gather(1, token_B[:, None])[:, 0].isfinite()
+        for request, token in zip(active, torch.where(known_B, token_B, -1).tolist()):
+            if token < 0:
+                raise NotFinite(f"{request.task_id}: the model's logits for token {n + 1} of a completion are not finite; train it anew")
             if token == eos:
                 request.ended = True
             elif not request.ended:

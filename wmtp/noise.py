@@ -1,5 +1,7 @@
 """Random numbers as a pure function of their key: splitmix64 of a counter. No state, no order, the same on every rank."""
 
+import zlib
+
 import torch
 from torch import Tensor
 
@@ -18,7 +20,10 @@ def bits(key_B: Tensor, place_B: Tensor, n: int) -> Tensor:
     return mix(mix(counter))
 
 
-def uniform(seed: int, row_B: Tensor, length: int) -> Tensor:
-    """Numbers in [0, 1), float64 [B, length]: entry [b, i] depends on (seed, row_B[b], i) alone, so padding and batching change none."""
-    seed_key = mix(torch.tensor(seed, dtype=torch.int64, device=row_B.device))
+def uniform(seed: int, row_B: Tensor, length: int, stream: str = "") -> Tensor:
+    """Numbers in [0, 1), float64 [B, length]: entry [b, i] depends on (seed, stream, row_B[b], i) alone, padding and batching change none.
+
+    Two users of one seed and one row name streams of their own, else one's draws tell the other's.
+    """
+    seed_key = mix(torch.tensor(seed ^ (zlib.crc32(stream.encode()) << 31), dtype=torch.int64, device=row_B.device))
     return ((bits(seed_key.expand_as(row_B), row_B, length) >> 11) & 0x1FFFFFFFFFFFFF).double() * 2.0**-53

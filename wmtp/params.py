@@ -21,7 +21,7 @@ class ParameterError(ValueError):
 
 
 # Keys that change how a stage runs or is followed, never what it makes; DVC does not track them.
-OPERATIONAL = ["tracking", "log_level", "run.checkpoint_every"]
+OPERATIONAL = ["tracking", "log_level", "run.checkpoint_every", "evaluation.workers"]
 
 
 class SyntheticCheckpoint(Section):
@@ -60,6 +60,9 @@ class SyntheticData(Section):
     n_eval_problems: Annotated[int, Field(ge=1, le=500)] = Field(description="problems of each benchmark")
     min_operations: Positive = Field(description="least operations of a composition")
     max_operations: Positive = Field(description="most operations of a composition")
+    remark_digits: Annotated[int, Field(ge=0)] = Field(
+        description="random digits in a comment above each training program: tokens that no prompt decides and no test needs"
+    )
 
     @model_validator(mode="after")
     def _ordered(self) -> "SyntheticData":

@@ -56,8 +56,8 @@ class PolicyObjective:
             return step if self._population == ROWS else replace(step, place_B=torch.arange(len(step.row_B)))
         notes: dict[str, float] = {}
         wanted = {"notes": notes} if "notes" in keywords(self.method.function()) else {}
-        weight_BT = self.method.weigh(vars(step), {**self.settings, **wanted})
-        return replace(step, weight_BT=check_weights(self._mixed(weight_BT, step.response_BT), step.response_BT), notes=notes)
+        weight_BT = self._mixed(self.method.weigh(vars(step), {**self.settings, **wanted}), step.response_BT)
+        return replace(step, weight_BT=check_weights(weight_BT, step.response_BT, self._clips), notes=notes)
 
     def count(self, step: Batch) -> float:
         """Targets of the whole step, all heads."""
@@ -111,13 +111,15 @@ class PolicyObjective:
             weight_BTF = batch.weight_BTF
             if weight_BTF is None:
                 weight_BTF = self._by_head(align_future(batch.weight_BT, self.n_future, 0.0), valid_BTF)
-            return (weight_BTF * ce_BTF * valid_BTF).sum(), _sums(ce_BTF.detach(), weight_BTF, valid_BTF, batch)
+            total = (weight_BTF * ce_BTF * valid_BTF).sum()
+            return total, _sums(ce_BTF.detach(), weight_BTF, valid_BTF, batch) | {"met": total.detach().double()}
         given_BTF = self._given(batch, ce_BTF.detach(), entropy_BTF)
-        weight_BTF = self._by_head(self._mixed(given_BTF, valid_BTF), valid_BTF)
-        faults = _faults(weight_BTF, valid_BTF, self._population)
-        total = (weight_BTF * ce_BTF * valid_BTF).sum() * torch.where(faults[:4].any(), torch.nan, 1.0)
+        mixed_BTF = self._mixed(given_BTF, valid_BTF)
+        weight_BTF = self._by_head(mixed_BTF, valid_BTF)
+        faults = _faults(weight_BTF, valid_BTF, self._population, _outside(mixed_BTF, valid_BTF, self._clips))
+        total = (weight_BTF * ce_BTF * valid_BTF).sum() * torch.where(faults[:5].any(), torch.nan, 1.0)
         sums = _sums(ce_BTF.detach(), weight_BTF, valid_BTF, batch) | self._at_bounds(given_BTF, valid_BTF)
-        return total, sums | {"faults": faults}
+        return total, sums | {"met": total.detach().double(), "faults": faults}
 
     def summary(self, sums: Mapping[str, Tensor]) -> dict[str, float]:
         """Readable numbers from sums over all micro-batches and ranks; those that begin with `max_` are maxima."""
@@ -141,6 +143,14 @@ class PolicyObjective:
     @property
     def two_pass(self) -> bool:
         return self.settings.get("scope") == "two_pass"
+
+    @property
+    def _clips(self) -> tuple[float, float] | None:
+        """Where the weighting's bounds lie once its weights are mixed with uniform ones; None without bounds."""
+        if "weight_clip_min" not in self.settings:
+            return None
+        low, high = (1 + self.mix * (self.settings[f"weight_clip_{end}"] - 1) for end in ("min", "max"))
+        return low, high
 
     @property
     def _population(self) -> tuple[int, ...]:
@@ -265,21 +275,29 @@ def policy_signal(
     return scores.row, {"signal": scores.sha256}, scores.flops
 
 
-def check_weights(weight_BT: Tensor, valid_BT: Tensor) -> Tensor:
+def check_weights(weight_BT: Tensor, valid_BT: Tensor, clips: tuple[float, float] | None = None) -> Tensor:
     """The weights themselves, or a WeightError; the step is still on the CPU, so nothing waits for a device."""
-    check_faults(_faults(weight_BT, valid_BT))
+    check_faults(_faults(weight_BT, valid_BT, outside=_outside(weight_BT, valid_BT, clips)))
     return weight_BT
 
 
-def check_reached(w: float, n: float) -> None:
-    """A WeightError unless the weights that met the losses of a whole step, over all ranks, have mean 1 over its `n` targets."""
-    if not abs(w / max(n, 1.0) - 1) <= 1e-4:
+def check_reached(w: float, wce: float, met: float, n: float, lagged: bool = False) -> None:
+    """A WeightError unless the weights of a whole step, over all ranks, have mean 1 over its `n` targets and are those in its gradient.
+
+    `w` sums the weights and `wce` their products with the losses, as the log has them; `met` is the loss that was differentiated.
+    Lagged weights have mean 1 only after `scaled`.
+    """
+    if not lagged and not abs(w / max(n, 1.0) - 1) <= 1e-4:
         raise WeightError(f"the weights that reached the loss have mean {w / max(n, 1.0):.6f} over {n:.0f} targets, expected 1")
+    if not abs(met - wce) <= 1e-4 * wce:
+        raise WeightError(
+            f"the step's weighted loss is {wce:.6g}, but its gradient is that of a loss of {met:.6g}: the weights did not reach it"
+        )
 
 
 def check_faults(faults: Tensor) -> None:
     """A WeightError where the `faults` of a step's losses say that weights broke their promise."""
-    bad, beyond, empty, off_mean, w, n = faults.tolist()
+    bad, beyond, empty, off_mean, outside, w, n = faults.tolist()
     if bad:
         raise WeightError("a weight is negative, infinite or not a number; look at the signal that it was made from")
     if empty:
@@ -288,6 +306,8 @@ def check_faults(faults: Tensor) -> None:
         raise WeightError(
             f"weights have mean {w / max(n, 1):.6f} over {n:.0f} targets or reach beyond them, expected mean 1 on the targets alone"
         )
+    if outside:
+        raise WeightError(f"{outside:.0f} of {n:.0f} weights lie outside their clips (weight_clip_min, weight_clip_max, drawn in by mix)")
 
 
 NOTHING = " let the method's block select more (keep_fraction, percentile, alpha), or look at the signal"
@@ -299,20 +319,31 @@ def check_selected(w: float, n: float) -> None:
         raise WeightError(f"none of the step's {n:.0f} targets is selected by the statistics of the step before, expected some;{NOTHING}")
 
 
-def _faults(weight: Tensor, valid: Tensor, population: tuple[int, ...] | None = None) -> Tensor:
-    """[6] float64: weights negative or not finite, weights off the mask, populations with targets of which none has a weight, whether the
-    mean is not 1; and for the message sum(w) and N.
+def _outside(weight: Tensor, valid: Tensor, clips: tuple[float, float] | None) -> Tensor:
+    """How many of the targets' weights lie beyond `clips`, further than rounding takes them."""
+    low, high = clips or (-torch.inf, torch.inf)
+    return (((weight < low - 1e-5) | (weight > high + 1e-5)) & valid).sum()
 
-    `population` are the axes of one, all where None; without any (empty) neither a population nor the mean is judged.
+
+def _faults(weight: Tensor, valid: Tensor, population: tuple[int, ...] | None = None, outside: Tensor | None = None) -> Tensor:
+    """[7] float64: weights negative or not finite, weights off the mask, populations with targets of which none has a weight, whether the
+    mean is not 1, how many are `outside` their clips; and for the message sum(w) and N.
+
+    `population` are the axes of one, all where None; without any (empty) neither a population nor the mean is judged. Weights of another
+    type than float32 or float64, or part of a graph, are an error at once.
     """
+    if weight.requires_grad or weight.dtype not in (torch.float32, torch.float64):
+        graph = ", part of a graph" if weight.requires_grad else ""
+        raise WeightError(f"weights are {str(weight.dtype).removeprefix('torch.')}{graph}, expected float32 or float64 and detached")
+    outside = weight.new_zeros(()) if outside is None else outside
     bad, beyond, n, w = ~torch.isfinite(weight) | (weight < 0), (weight != 0) & ~valid, valid.sum(), weight.double().sum()
     axes = tuple(range(weight.ndim)) if population is None else population
     empty, off_mean = valid.any(axes) & ~((weight != 0) & valid).any(axes), (n > 0) & ~((w / n.clamp(min=1) - 1).abs() <= 1e-4)
     judged = float(axes != ())
-    return torch.stack([part.double() for part in (bad.sum(), beyond.sum(), empty.sum() * judged, off_mean * judged, w, n)])
+    return torch.stack([part.double() for part in (bad.sum(), beyond.sum(), empty.sum() * judged, off_mean * judged, outside, w, n)])
 
 
-SCALED = ("w", "wce", "w_incorrect", "w_end", "max_w", "max_negative_w")
+SCALED = ("w", "wce", "met", "w_incorrect", "w_end", "max_w", "max_negative_w")
 
 
 def scaled(sums: Mapping[str, Tensor], factor: Tensor) -> dict[str, Tensor]:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from wmtp.advantage import check_starts
 from wmtp.batches import Batch
 
 
@@ -59,6 +60,7 @@ class PairwiseObjective:
     lm_coef: float = 0.0
 
     def prepare(self, step: Batch) -> Pairs:
+        check_starts(step.response_BT)
         return interleave(step)
 
     def count(self, step: Batch) -> float:

@@ -4,7 +4,7 @@ The value loss's gradient reaches the trunk: detached, the head would read a tru
 zero, that is from V = 1/2 everywhere and uniform weights.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,11 +12,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from wmtp.advantage import value_drops
 from wmtp.align import IGNORE, future_targets
 from wmtp.batches import Batch
 from wmtp.critic import Critic, ValueObjective
 from wmtp.model import Transformer
 from wmtp.policy import PolicyObjective
+from wmtp.progress import say
+
+DEAD = 0.01  # as critic.gate.min_delta_std, for values that no gate judges
 
 
 class SharedPolicy(Critic):
@@ -83,13 +87,36 @@ class SharedObjective:
         if self.policy.method.needs_forward:
             part = replace(part, signal_BT=torch.sigmoid(logit_BT.detach()))
         total, sums = self.policy.weighted(part, ce_BTF * valid_BTF, None, valid_BTF)
+        value_sums |= _steps(torch.sigmoid(logit_BT.detach()), batch.response_BT)
         value = (batch.value_rate_B.to(value_loss_B.dtype) * value_loss_B).sum()
         return total + value, sums | {f"value_{name}": part for name, part in value_sums.items()}
 
     def summary(self, sums: Mapping[str, Tensor]) -> dict[str, float]:
-        """The policy's numbers, of the targets that train it, and the mean value loss and Brier score of all rows."""
-        value = {"value_loss": "value_loss", "value_brier": "value_brier"}
-        return self.policy.summary(sums) | {name: float(sums[part] / sums["value_n"]) for name, part in value.items()}
+        """The policy's numbers, of the targets that train it, and of all rows the value's mean loss and Brier score, and the standard
+        deviation of its steps from token to token.
+        """
+        n_rows, n = sums["value_n"], sums["value_n_steps"].clamp(min=1)
+        variance = sums["value_squared_step"] / n - (sums["value_step"] / n).square()
+        value = {"value_loss": sums["value_loss"] / n_rows, "value_brier": sums["value_brier"] / n_rows}
+        value |= {"value_delta_std": variance.clamp(min=0).sqrt()}
+        return self.policy.summary(sums) | {name: float(figure) for name, figure in value.items()}
+
+
+def _steps(value_BT: Tensor, response_BT: Tensor) -> dict[str, Tensor]:
+    """v[i] - v[i-1] of all tokens but the last of each row: how many, their sum and that of their squares."""
+    drop_BT = value_drops(value_BT, response_BT).double()
+    n = response_BT.sum() - response_BT.any(1).sum()
+    return {"n_steps": n.double(), "step": drop_BT.sum(), "squared_step": drop_BT.square().sum()}
+
+
+def warn_if_dead(records: Sequence[Mapping[str, float]], label: str) -> None:
+    """A line where a shared critic ended as one that sees nothing: no gate judges it."""
+    std = records[-1].get("value_delta_std", DEAD) if records else DEAD
+    if std < DEAD:
+        say(
+            f"{label}: the shared critic is DEAD: the standard deviation of its values' steps is {std:.2g}, under {DEAD:g}; weights made of"
+            " them are near uniform, train longer or raise value_coef"
+        )
 
 
 def network(settings: Any, model: Transformer) -> Transformer | SharedPolicy:

@@ -43,13 +43,17 @@ TRAIN_FORMS: tuple[Form, ...] = ("humaneval", "mbpp", "humaneval", "mbpp", "cont
 
 
 class Task(NamedTuple):
-    """A composition in one form with its tests, the first of which is short enough to be shown; `mutation` in training tasks alone."""
+    """A composition in one form with its tests, the first of which is short enough to be shown; `mutation` in training tasks alone.
+
+    `remark` is a comment line above its programs, right and wrong.
+    """
 
     composition: Composition
     family: Family
     form: Form
     cases: list[Case]
     mutation: Mutation | None = None
+    remark: str = ""
 
 
 class TaskSource:
@@ -195,9 +199,16 @@ def function_problem_line(task: Task, number: int) -> dict[str, Any]:
     }
 
 
+def remarks(seed: int, n_digits: int) -> Iterator[str]:
+    """Comment lines of random digits; empty where there are none. They come of draws of their own: tasks are the same without them."""
+    rng = random.Random(f"remarks-{seed}")
+    while True:
+        yield f"# {''.join(rng.choices(string.digits, k=n_digits))}\n" if n_digits else ""
+
+
 def solution_lines(task: Task, task_id: str) -> list[dict[str, Any]]:
     """The right and the wrong program, each with the characters of its own text at which the two first differ."""
-    right, wrong = program(task.composition, task.form), program(task.mutation.composition, task.form)
+    right, wrong = (task.remark + program(one, task.form) for one in (task.composition, task.mutation.composition))
     lines = []
     for text, other, span, is_correct in zip((right, wrong), ("wrong", "right"), first_difference(right, wrong), (True, False)):
         passed = runs_right(text, task.form, task.cases)
@@ -224,7 +235,14 @@ def write_lines(path: Path, lines: Iterable[dict[str, Any]]) -> int:
 
 
 def generate(
-    out: Path, *, seed: int, n_train_compositions: int, n_eval_problems: int, min_operations: int, max_operations: int
+    out: Path,
+    *,
+    seed: int,
+    n_train_compositions: int,
+    n_eval_problems: int,
+    min_operations: int,
+    max_operations: int,
+    remark_digits: int = 0,
 ) -> dict[str, int]:
     """Writes codecontests/, functions/, humaneval/ and mbpp/ under `out`; returns the number of lines of each file.
 
@@ -242,7 +260,8 @@ def generate(
     source.hold_out()
     forms = itertools.cycle(TRAIN_FORMS)
     numbered = track(range(n_train_compositions), "training problems", unit="problems")
-    train = [source.draw(next(forms), next(families), "train") for _ in numbered]
+    remark = remarks(seed, remark_digits)
+    train = [source.draw(next(forms), next(families), "train")._replace(remark=next(remark)) for _ in numbered]
     contests, functions = [task for task in train if task.form == "contest"], [task for task in train if task.form != "contest"]
     assert not source.held_out & {key(text) for task in train for text in (task.composition, task.mutation.composition)}
     return {

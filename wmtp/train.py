@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from wmtp import checkpoint, flops, provenance
 from wmtp.align import IGNORE, future_targets
 from wmtp.batches import Batch, collate, in_order, n_steps, share, step_rows
-from wmtp.bundle import bundle_sha256
+from wmtp.bundle import NotFinite, bundle_sha256
 from wmtp.model import Transformer, load_bundle
 from wmtp.optim import build_optimizer, learning_rate
 from wmtp.params import OPERATIONAL
@@ -40,10 +40,6 @@ class Objective(Protocol):
     def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]: ...
 
     def summary(self, sums: Mapping[str, Tensor]) -> dict[str, float]: ...
-
-
-class NotFinite(ArithmeticError):
-    """A loss or gradient that is infinite or not a number; the weights of the model were not touched."""
 
 
 @dataclass(frozen=True)
@@ -99,17 +95,17 @@ def train_step(
             batches = policy.weigh_step(model, step, [batch.to(world.device) for batch in batches], world)
     sums = _backward(model, objective, batches, world, count, mixed)
     # On the device until the gradient's norm is waited for.
-    reached = world.sum(sums["w"].sum()) if "w" in sums else None
-    factor = count / reached if policy is not None and policy.lag is not None else None
+    reached = world.sum(torch.stack([sums["w"].sum(), sums["wce"].sum(), sums["met"]])) if "met" in sums else None
+    factor = count / reached[0] if policy is not None and policy.lag is not None else None
     if factor is not None:
         sums = scaled(sums, factor)
         _multiply_gradients(model, factor)
     norm = nn.utils.clip_grad_norm_(model.parameters(), clip_norm)
     norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
     if not math.isfinite(norm.item()):
-        raise _told(norm, sums, reached if factor is not None else None, count)
-    if reached is not None and factor is None:
-        check_reached(float(reached), count)
+        raise _told(norm, sums, reached[0] if factor is not None else None, count)
+    if reached is not None:
+        check_reached(*reached.tolist(), count, lagged=factor is not None)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     if policy is not None:
@@ -320,6 +316,8 @@ def validation(model: Transformer, data: TokenData, world: World, token_budget: 
         sums[0] += model(batch.tokens_BT, targets_BTF, first=max(0, batch.shortest_prompt - model.n_future)).double().sum((0, 1))
         sums[1] += (targets_BTF != IGNORE).sum((0, 1))
     ce_F = (lambda total: total[0] / total[1])(world.sum(sums))
+    if not bool(ce_F.isfinite().all()):
+        raise NotFinite(f"{data.path}: the trained model's loss by head is {ce_F.tolist()}; lower the learning rate")
     return {f"validation_ce_head{h}": float(ce) for h, ce in enumerate(ce_F)}
 
 

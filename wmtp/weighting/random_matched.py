@@ -27,7 +27,7 @@ def token_weights(
     critic_BT = advantage.token_weights(signal_BT, response_BT, is_correct_B, beta=beta, notes=notes, **bounds, **settings)
     # Sorted, so that a draw is a quantile of the step's weights and does not depend on the order of its rows.
     pool = critic_BT[response_BT].double().sort().values
-    drawn_BT = noise.uniform(seed, row_B, response_BT.shape[1])
+    drawn_BT = noise.uniform(seed, row_B, response_BT.shape[1], "random_matched")
     u_BT = pool[(drawn_BT * len(pool)).long()] if len(pool) else drawn_BT
     weight_BT = project_mean_one(u_BT, response_BT, weight_clip_min, weight_clip_max)
     if notes is not None:

@@ -21,7 +21,7 @@ def token_weights(
 ) -> Tensor:
     """wmtp.weighting.advantage's final weights [B, T] permuted within each row over its response tokens, by (seed, row id)."""
     weight_BT = advantage.token_weights(signal_BT, response_BT, is_correct_B, notes=notes, **settings)
-    drawn_BT = noise.uniform(seed, row_B, response_BT.shape[1]).masked_fill(~response_BT, torch.inf)
+    drawn_BT = noise.uniform(seed, row_B, response_BT.shape[1], "shuffled").masked_fill(~response_BT, torch.inf)
     # Both orders put a row's response tokens first: one at random, one as they stand.
     source_BT, place_BT = drawn_BT.argsort(dim=1, stable=True), (~response_BT).int().argsort(dim=1, stable=True)
     return torch.zeros_like(weight_BT).scatter_(1, place_BT, weight_BT.gather(1, source_BT))
