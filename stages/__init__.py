@@ -9,7 +9,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from wmtp import params, progress, view
+from wmtp import progress, view
 from wmtp.tracking import stage_run
 
 
@@ -26,8 +26,7 @@ def run(work: Callable[..., dict[str, Any] | None]) -> None:
         visible = view.load(settings=settings)
         debug = visible.log_level == "debug"
         progress.set_level(visible.log_level)
-        tracked = {key: value for key, value in visible.declared().items() if key not in params.OPERATIONAL}
-        with stage_run(stage, tracked, visible.tracking.enabled, visible.tracking.tags) as track:
+        with stage_run(stage, visible.shaping(), visible.tracking.enabled, visible.tracking.tags) as track:
             track.summary(work(visible, track, *arguments) or {})
     except (ValueError, OSError, ArithmeticError, SafetensorError) as error:
         if debug:

@@ -9,10 +9,12 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from tests.test_model import GROUPED, random_model
+from wmtp.benchmarks import tokens_per_forward
 from wmtp.bundle import NotFinite
-from wmtp.generate import Request, _together, choose, generate, gumbel
+from wmtp.generate import Decoding, Request, _together, batches, choose, generate, gumbel
 from wmtp.protocols import PROTOCOLS, with_sampling
-from wmtp.sampling import Benchmark, complete
+from wmtp.records import Completion
+from wmtp.sampling import Benchmark, complete, speed_up
 from wmtp.world import World
 
 EOS = 2
@@ -36,10 +38,12 @@ def requests(n_prompts=5, n_samples=3, temperature=0.9, seed=0):
 
 def run(model, made, **changes):
     """{(task, temperature, sample): (output, ended)}."""
-    settings = {"max_tokens": 12, "eos": EOS, "top_p": 1.0, "seed": 7, "batch_rows": 64} | changes
-    done = [request for batch in generate(model, made, **settings) for request in batch]
-    assert len(done) == len(made) and {id(request) for request in done} == {id(request) for request in made}
-    return {(request.task_id, request.temperature, request.sample): (request.output, request.ended) for request in done}
+    batch_rows, settings = changes.pop("batch_rows", 64), {"max_tokens": 12, "eos": EOS, "seed": 7} | changes
+    parts = batches(made, batch_rows)
+    assert sorted(id(request) for batch in parts for request in batch) == sorted(map(id, made))
+    for batch in parts:
+        generate(model, batch, Decoding(**settings))
+    return {(request.task_id, request.temperature, request.sample): (request.output, request.ended) for request in made}
 
 
 @torch.no_grad()
@@ -69,6 +73,54 @@ def test_completions_are_those_of_a_loop_without_cache(model):
 def test_end_of_text_is_not_part_of_the_output_and_the_limit_holds(model):
     for output, ended in run(model, requests(9, 4), max_tokens=6).values():
         assert EOS not in output and len(output) <= 6 and (ended or len(output) == 6)
+
+
+@pytest.fixture(scope="module")
+def drafting():
+    """Four heads, the extra ones noisy copies of head 0's block: some drafts are right, some are not."""
+    model = random_model(replace(GROUPED, n_layers=5, n_future_tokens=4), seed=3).eval()
+    with torch.no_grad():
+        for head in model.extra_heads:
+            head.load_state_dict(model.layers[-1].state_dict())
+        # Small attention and a dominant embedding make texts that repeat, which copies of head 0 can foresee.
+        for block in [*model.layers, *model.extra_heads]:
+            block.attention.wo.weight.mul_(0.3)
+            block.feed_forward.w2.weight.mul_(0.3)
+    return model
+
+
+@pytest.mark.parametrize("top_p", [1.0, 0.9])
+@pytest.mark.parametrize("n_heads", [2, 3, 4])
+def test_drafts_change_no_text(drafting, n_heads, top_p):
+    """Greedy and sampled, whatever share of them is right; rows that are ahead of others, end early and are dropped among them."""
+    plain, fast = requests(9, 4, temperature=0.7), requests(9, 4, temperature=0.7)
+    expected = run(drafting, plain, max_tokens=17, top_p=top_p)
+    for batch_rows in (64, 3):
+        fast = requests(9, 4, temperature=0.7)
+        assert run(drafting, fast, max_tokens=17, top_p=top_p, n_heads=n_heads, batch_rows=batch_rows) == expected
+    for one in plain:
+        assert one.n_forwards == len(one.output) + one.ended, "without drafts a token a forward"
+    saved = [(one.n_forwards, len(one.output) + one.ended) for one in fast]
+    assert all(-(-n_tokens // n_heads) <= n_forwards <= n_tokens for n_forwards, n_tokens in saved)
+    assert sum(n for n, _ in saved) < 0.95 * sum(n for _, n in saved) and any(n > n_tokens / n_heads + 1 for n, n_tokens in saved)
+
+
+def test_drafts_that_are_always_right_give_as_many_tokens_a_forward_as_there_are_heads(model):
+    """A model that writes one token for ever, whichever head is asked."""
+    constant = random_model(replace(GROUPED, n_layers=3, n_future_tokens=2)).eval()
+    with torch.no_grad():
+        constant.norm.weight.zero_()
+    made = requests(3, 2, temperature=0.0)
+    found = run(constant, made, n_heads=2, max_tokens=11)
+    assert all(output == [0] * 11 for output, _ in found.values()) and all(one.n_forwards == 6 for one in made)
+
+
+def test_drafts_of_no_number_are_not_kept(model):
+    broken = random_model(replace(GROUPED, n_layers=3, n_future_tokens=2)).eval()
+    with torch.no_grad():
+        for parameter in broken.extra_heads.parameters():
+            parameter.fill_(torch.nan)
+    assert run(broken, requests(), n_heads=2) == run(model, requests())
 
 
 @pytest.mark.parametrize("batch_rows", [1, 2, 3, 7])
@@ -102,9 +154,11 @@ def test_completions_do_not_depend_on_order_or_company(model):
     assert {name: found for share in shares for name, found in share.items()} == expected
 
 
-def test_batches_come_as_they_end_and_hold_at_most_batch_rows(model):
-    sizes = [len(batch) for batch in generate(model, requests(), max_tokens=2, eos=EOS, top_p=1.0, seed=7, batch_rows=6)]
-    assert sizes == [6, 6, 6, 2]
+def test_batches_hold_at_most_batch_rows_and_like_prompts_stand_together():
+    parts = batches(requests(), 6)
+    assert [len(batch) for batch in parts] == [6, 6, 6, 2]
+    lengths = [len(request.prompt) for batch in parts for request in batch]
+    assert lengths == sorted(lengths, reverse=True)
 
 
 def test_samples_differ_from_each_other_and_between_seeds(model):
@@ -119,18 +173,20 @@ def test_a_nucleus_of_one_token_is_greedy(model):
     assert all(found[task, 0.9, sample] == found[task, 0.0, 0] for task, temperature, sample in found if temperature)
 
 
-def test_stops_are_asked_for_every_few_tokens_and_end_a_row_alone(model):
+@pytest.mark.parametrize("n_heads", [1, 2])
+def test_stops_are_asked_for_every_few_tokens_and_end_a_row_alone(model, monkeypatch, n_heads):
+    """At the same lengths with drafts as without: the raw text is the same."""
+    monkeypatch.setattr("wmtp.generate.STOP_EVERY", 4)
     whole, asked = run(model, requests(), eos=-1), []
 
     def stopped(request):
         asked.append(len(request.output))
         return len(request.output) >= 4 and request.task_id == "task/2"
 
-    cut = run(model, requests(), eos=-1, stopped=stopped, stop_every=4)
+    cut = run(model, requests(), eos=-1, stopped=stopped, n_heads=n_heads)
     assert set(asked) == {4, 8, 12}
     for (task, temperature, sample), (output, _) in whole.items():
-        expected = (output[:4], True) if task == "task/2" else (output, False)
-        assert cut[task, temperature, sample] == expected
+        assert cut[task, temperature, sample] == (output[:4] if task == "task/2" else output, False)
 
 
 def test_generation_leaves_the_model_as_it_was(model):
@@ -235,25 +291,25 @@ def writer(micro):
 
 def asked(corpus, **changes):
     protocol = with_sampling(PROTOCOLS["alpaca"], **({"n_samples": 2, "max_tokens": 10} | changes))
-    return Benchmark("humaneval", protocol, corpus.benchmarks["humaneval"])
+    return Benchmark("humaneval", protocol, corpus.benchmarks["humaneval"], "alpaca")
 
 
 def test_complete_gives_one_greedy_and_n_samples_of_each_problem_in_order(writer, tokenizer, corpus):
-    found = complete(writer, tokenizer, asked(corpus), "alpaca", ALONE, seed=1, batch_rows=4)
+    found = complete(writer, tokenizer, asked(corpus), ALONE, seed=1, batch_rows=4)
     expected = [(p.task_id, t, s) for p in corpus.benchmarks["humaneval"] for t, s in ((0.0, 0), (0.8, 0), (0.8, 1))]
     assert [(one.task_id, one.temperature, one.sample) for one in found] == expected
     assert all(one.benchmark == "humaneval" and one.raw == one.completion for one in found)
     assert all(one.truncated == (one.n_tokens == 10) for one in found), "without a stop, the limit is what truncates"
-    assert complete(writer, tokenizer, asked(corpus), "alpaca", ALONE, seed=1, batch_rows=64) == found
+    assert complete(writer, tokenizer, asked(corpus), ALONE, seed=1, batch_rows=64) == found
 
 
 @pytest.mark.parametrize("place", [slice(3, 5), slice(-2, None)], ids=["early", "after the last look"])
 def test_complete_cuts_at_the_first_stop_and_stops_change_nothing_before_it(writer, tokenizer, corpus, place):
-    plain = complete(writer, tokenizer, asked(corpus, max_tokens=21), "alpaca", ALONE, seed=1, batch_rows=64)
+    plain = complete(writer, tokenizer, asked(corpus, max_tokens=21), ALONE, seed=1, batch_rows=64)
     # Half a character's bytes decode to a replacement mark, which later bytes take back: no stop is made of one.
     chosen = next(i for i, one in enumerate(plain) if one.truncated and "\N{REPLACEMENT CHARACTER}" not in one.raw[place])
     stop = plain[chosen].raw[place]
-    stopped = complete(writer, tokenizer, asked(corpus, max_tokens=21, stops=(stop,)), "alpaca", ALONE, seed=1, batch_rows=5)
+    stopped = complete(writer, tokenizer, asked(corpus, max_tokens=21, stops=(stop,)), ALONE, seed=1, batch_rows=5)
     assert not stopped[chosen].truncated and stopped[chosen].completion != stopped[chosen].raw
     for before, after in zip(plain, stopped):
         assert before.raw.startswith(after.raw.rstrip("\N{REPLACEMENT CHARACTER}")), "a stop ends a text early, it does not change it"
@@ -264,7 +320,7 @@ def test_complete_cuts_at_the_first_stop_and_stops_change_nothing_before_it(writ
 def test_complete_survives_a_model_with_more_rows_than_the_tokenizer_has_pieces(tokenizer, corpus, writer):
     """Vocabularies are padded to round numbers; conversion allows it, so an untrained padding row may win an arg max."""
     padded = random_model(replace(writer.args, vocab_size=len(tokenizer) + 40), seed=4).eval()
-    found = complete(padded, tokenizer, asked(corpus), "alpaca", ALONE, seed=1, batch_rows=64)
+    found = complete(padded, tokenizer, asked(corpus), ALONE, seed=1, batch_rows=64)
     assert len(found) == 9
 
 
@@ -276,3 +332,45 @@ def test_logits_that_are_no_numbers_make_no_completion(temperature, number):
         model.output.weight[7] = number
     with pytest.raises(NotFinite, match=r"task/a: the model's logits for token 1 of a completion are not finite"):
         run(model, [Request("task/a", 0, [3, 4, 5], temperature)])
+
+
+def test_what_an_interrupted_sampling_finished_is_not_made_again(writer, tokenizer, corpus, tmp_path, monkeypatch):
+    expected, made = complete(writer, tokenizer, asked(corpus), ALONE, seed=1, batch_rows=4), []
+
+    def counted(model, batch, decoding, fail_at):
+        if len(made) == fail_at:
+            raise KeyboardInterrupt
+        made.append(len(batch))
+        generate(model, batch, decoding)
+
+    def again(fail_at):
+        made.clear()
+        monkeypatch.setattr("wmtp.sampling.generate", lambda *given: counted(*given, fail_at))
+        return complete(writer, tokenizer, asked(corpus), ALONE, seed=1, batch_rows=4, kept=tmp_path)
+
+    with pytest.raises(KeyboardInterrupt):
+        again(fail_at=1)
+    n_batches = -(-len(expected) // 4)
+    assert again(fail_at=-1) == expected and len(made) == n_batches - 1
+    assert again(fail_at=0) == expected and not made
+
+
+def test_tokens_a_forward_count_ends_and_prompts():
+    def one(temperature, n_tokens, ended, n_forwards):
+        return Completion(
+            task_id="a", benchmark="humaneval", temperature=temperature, sample=0, raw="", completion="", truncated=not ended, ended=ended,
+            n_tokens=n_tokens, n_forwards=n_forwards,
+        )  # fmt: skip
+
+    assert tokens_per_forward([one(0.0, 9, True, 5), one(0.8, 6, False, 2), one(0.8, 3, True, 2)]) == {
+        "tokens_per_forward_greedy": 2.0, "tokens_per_forward_sampled": 2.5
+    }  # fmt: skip
+    assert tokens_per_forward([one(0.0, 0, True, 1)]) == {"tokens_per_forward_greedy": 1.0}
+
+
+def test_the_speed_up_is_of_the_same_prompts_both_ways(writer, tokenizer, corpus, monkeypatch):
+    seen = []
+    monkeypatch.setattr("wmtp.sampling.generate", lambda model, batch, decoding: seen.append((batch[0].task_id, decoding.n_heads)))
+    assert speed_up(writer, tokenizer, asked(corpus), 2, n_prompts=2) > 0
+    names = [problem.task_id for problem in corpus.benchmarks["humaneval"][:2]]
+    assert seen == [(name, n_heads) for n_heads in (1, 2) for name in (names[0], *names)]

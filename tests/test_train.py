@@ -610,9 +610,9 @@ def broken_on_ranks(bundle, data, world, parallel):
 def completions(bundle, raw, world):
     """Text of every completion, from a model in float64 whose arg max no rounding can turn; None on all ranks but the first."""
     protocol = with_sampling(PROTOCOLS["alpaca"], n_samples=2, max_tokens=8)
-    benchmark = sampling.Benchmark("humaneval", protocol, read_raw(raw).benchmarks["humaneval"])
+    benchmark = sampling.Benchmark("humaneval", protocol, read_raw(raw).benchmarks["humaneval"], "alpaca")
     model = random_model(read_args(bundle).with_heads(1), seed=4).eval()
-    found = sampling.complete(model, Tokenizer(bundle), benchmark, "alpaca", world, seed=1, batch_rows=4)
+    found = sampling.complete(model, Tokenizer(bundle), benchmark, world, seed=1, batch_rows=4)
     return found and [one.model_dump() for one in found]
 
 

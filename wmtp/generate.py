@@ -1,7 +1,9 @@
-"""Batched generation with a key-value cache.
+"""Batched generation with a key-value cache, and self-speculative decoding with the extra heads (2404.19737, section 3.2).
 
 A token is arg max of logits / temperature + Gumbel noise, and the noise is a counter's: keyed by (seed, task, sample, position). So a
-completion does not depend on which others are generated beside it, in which order, or on how many ranks.
+completion does not depend on which others are generated beside it, in which order, or on how many ranks. Drafts take the noise of their
+own position, and one is kept where the next forward's head 0 chooses the same token: the text is that of one token at a time, whatever
+the drafts were, greedy or sampled (Stern et al. 2018, 1811.03115; there greedy alone).
 """
 
 import hashlib
@@ -17,11 +19,16 @@ from wmtp.model import Transformer
 from wmtp.noise import bits
 
 PREFILL_TOKENS = 8192  # tokens of one forward over prompts, padding included: one long prompt must not pad all others to its length
+STOP_EVERY = 8  # tokens between two looks at a text for its stop strings
 
 
 @dataclass
 class Request:
-    """One completion to make; `temperature` 0 is greedy. `output` grows to at most max_tokens ids, the end of text not among them."""
+    """One completion to make; `temperature` 0 is greedy. `output` grows to at most max_tokens ids, the end of text not among them.
+
+    `ended` says that the model ended the text itself, `stopped` that it holds a stop. `n_forwards` counts the forwards that chose its
+    tokens, the prompt's own among them.
+    """
 
     task_id: str
     sample: int
@@ -29,10 +36,47 @@ class Request:
     temperature: float
     output: list[int] = field(default_factory=list)
     ended: bool = False
+    stopped: bool = False
+    n_forwards: int = 0
 
     def noise_key(self, seed: int) -> int:
         digest = hashlib.sha256(f"{seed}:{self.task_id}:{self.sample}".encode()).digest()
         return int.from_bytes(digest[:8], "little", signed=True)
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How completions are made. Tokens from `n_tokens` on, the padding of a vocabulary, are never chosen.
+
+    `stopped` is asked every STOP_EVERY tokens whether a text already holds a stop; the caller cuts exactly afterwards. `n_heads` of the
+    model's heads draft; with one there is no speculation.
+    """
+
+    max_tokens: int
+    eos: int
+    top_p: float = 1.0
+    seed: int = 0
+    n_tokens: int | None = None
+    stopped: Callable[[Request], bool] | None = None
+    n_heads: int = 1
+
+    def take(self, request: Request, tokens: Sequence[int]) -> bool:
+        """Adds the tokens that a forward chose, up to the end of the text; whether the request goes on."""
+        request.n_forwards += 1
+        for token in tokens:
+            if token < 0:
+                place = len(request.output) + 1
+                raise NotFinite(f"{request.task_id}: the model's logits for token {place} of a completion are not finite; train it anew")
+            if token == self.eos:
+                request.ended = True
+                return False
+            request.output.append(token)
+            if self.stopped and len(request.output) % STOP_EVERY == 0 and self.stopped(request):
+                request.stopped = True
+                return False
+            if len(request.output) == self.max_tokens:
+                return False
+        return True
 
 
 def gumbel(key_B: Tensor, position_B: Tensor, vocab_size: int) -> Tensor:
@@ -60,88 +104,94 @@ def _nucleus(scaled_BV: Tensor, top_p: float) -> Tensor:
     return scaled_BV.masked_fill(torch.zeros_like(outside_BV).scatter(1, order_BV, outside_BV), -torch.inf)
 
 
-@torch.inference_mode()
-def generate(
-    model: Transformer,
-    requests: list[Request],
-    *,
-    max_tokens: int,
-    eos: int,
-    top_p: float,
-    seed: int,
-    batch_rows: int,
-    n_tokens: int | None = None,
-    stopped: Callable[[Request], bool] | None = None,
-    stop_every: int = 8,
-) -> Iterator[list[Request]]:
-    """Fills the requests' outputs, `batch_rows` at a time and similar prompt lengths together; yields each batch as it ends.
-
-    Tokens from `n_tokens` on, the padding of a vocabulary, are never chosen.
-    `stopped` is asked every `stop_every` tokens whether a row's text already holds a stop; the caller cuts exactly afterwards.
-    """
+def batches(requests: Sequence[Request], batch_rows: int) -> list[list[Request]]:
+    """The requests, `batch_rows` at a time, similar prompt lengths together and those of one prompt side by side."""
     ordered = sorted(requests, key=lambda request: (-len(request.prompt), request.task_id, request.temperature, request.sample))
-    for first in range(0, len(ordered), batch_rows):
-        batch = ordered[first : first + batch_rows]
-        _generate_batch(model, batch, max_tokens, eos, top_p, seed, n_tokens, stopped, stop_every)
-        yield batch
+    return [ordered[first : first + batch_rows] for first in range(0, len(ordered), batch_rows)]
 
 
-def _generate_batch(
-    model: Transformer,
-    batch: list[Request],
-    max_tokens: int,
-    eos: int,
-    top_p: float,
-    seed: int,
-    n_tokens: int | None,
-    stopped: Callable[[Request], bool] | None,
-    stop_every: int,
-) -> None:
+@torch.inference_mode()
+def generate(model: Transformer, batch: Sequence[Request], decoding: Decoding) -> None:
+    """Fills the outputs of these requests, side by side."""
     device = model.tok_embeddings.weight.device
-    logits_BV, cache, position_B = _prefill(model, batch, max_tokens, device)
-    key_B = torch.tensor([request.noise_key(seed) for request in batch], device=device)
-    temperature_B = torch.tensor([request.temperature for request in batch], device=device)
-    active = list(batch)
-    for n in range(max_tokens):
-        token_B = choose(logits_BV[:, :n_tokens], temperature_B, key_B, position_B, top_p)
-        # Not a number is the maximum wherever it stands.
-        known_B = logits_BV.gather(1, token_B[:, None])[:, 0].isfinite()
-        for request, token in zip(active, torch.where(known_B, token_B, -1).tolist()):
-            if token < 0:
-                raise NotFinite(f"{request.task_id}: the model's logits for token {n + 1} of a completion are not finite; train it anew")
-            if token == eos:
-                request.ended = True
-            elif not request.ended:
-                request.output.append(token)
-        if stopped and n % stop_every == stop_every - 1:
-            for request in active:
-                request.ended = request.ended or stopped(request)
-        alive = [i for i, request in enumerate(active) if not request.ended]
-        if not alive or n == max_tokens - 1:
-            return
-        if len(alive) <= 0.8 * len(active):
+    hidden, cache, position_B = _prefill(model, batch, decoding)
+    rows = _Rows(model, decoding, list(batch), device)
+    first_B1 = rows.chosen(hidden[:1], position_B)
+    going = [decoding.take(request, tokens) for request, tokens in zip(rows.requests, first_B1.tolist())]
+    fed_BF = torch.cat([first_B1, rows.chosen(hidden[1:], position_B + 1)], 1).clamp(min=0)
+    steps_F = torch.arange(decoding.n_heads, device=device)
+    while any(going):
+        alive = [place for place, goes in enumerate(going) if goes]
+        if len(alive) <= 0.8 * len(going):
             keep = torch.tensor(alive, device=device)
-            active = [active[i] for i in alive]
+            rows.select(keep)
             cache.select(keep)
-            token_B, key_B, temperature_B, position_B = token_B[keep], key_B[keep], temperature_B[keep], position_B[keep]
-        logits_BV = model(token_B[:, None], cache=cache, position_BT=position_B[:, None], n_future=1)[:, 0, 0]
-        position_B = position_B + 1
+            fed_BF, position_B = fed_BF[keep], position_B[keep]
+            going = [True] * len(alive)
+        place_BF = position_B[:, None] + steps_F
+        hidden = model.hidden(fed_BF, cache, place_BF, n_future=decoding.n_heads)
+        right_BF = rows.chosen(hidden[0].unbind(1), position_B + 1)
+        # Drafts that head 0 confirms, up to the first that it does not.
+        n_kept_B = (right_BF[:, :-1] == fed_BF[:, 1:]).cumprod(1).sum(1)
+        found = zip(rows.requests, right_BF.tolist(), n_kept_B.tolist(), going)
+        going = [goes and decoding.take(request, tokens[: n_kept + 1]) for request, tokens, n_kept, goes in found]
+        # A row that has ended stays where it is, within its cache.
+        position_B = position_B + torch.where(torch.tensor(going, device=device), n_kept_B + 1, 0)
+        place_B = torch.arange(len(going), device=device)
+        drafts = rows.chosen([x_BTD[place_B, n_kept_B] for x_BTD in hidden[1:]], position_B + 1)
+        fed_BF = torch.cat([right_BF.gather(1, n_kept_B[:, None]), drafts], 1).clamp(min=0)
 
 
-def _prefill(model: Transformer, batch: list[Request], max_tokens: int, device: torch.device) -> tuple[Tensor, Fork, Tensor]:
-    """Runs each distinct prompt once; returns every request's next-token logits, the cache that it goes on with and its next position."""
+@dataclass
+class _Rows:
+    """Requests that are generated side by side, and what their tokens are chosen by."""
+
+    model: Transformer
+    decoding: Decoding
+    requests: list[Request]
+    device: torch.device
+
+    def __post_init__(self) -> None:
+        self.key_B = torch.tensor([request.noise_key(self.decoding.seed) for request in self.requests], device=self.device)
+        self.temperature_B = torch.tensor([request.temperature for request in self.requests], device=self.device)
+
+    def select(self, keep: Tensor) -> None:
+        self.requests = [self.requests[place] for place in keep.tolist()]
+        self.key_B, self.temperature_B = self.key_B[keep], self.temperature_B[keep]
+
+    def chosen(self, hidden: Sequence[Tensor], position_B: Tensor) -> Tensor:
+        """The tokens [B, N] at `position_B` and after it, each by one of N normed outputs [B, D]; -1 where logits are no numbers."""
+        N = len(hidden)
+        if not N:
+            return position_B.new_empty(len(position_B), 0)
+        logits_XV = self.model.output(torch.stack(list(hidden), 1)).flatten(0, 1)[:, : self.decoding.n_tokens]
+        position_BN = position_B[:, None] + torch.arange(N, device=position_B.device)
+        by_row = (self.temperature_B.repeat_interleave(N), self.key_B.repeat_interleave(N), position_BN.flatten())
+        token_X = choose(logits_XV, *by_row, self.decoding.top_p)
+        # Not a number is the maximum wherever it stands.
+        known_X = logits_XV.gather(1, token_X[:, None])[:, 0].isfinite()
+        return torch.where(known_X, token_X, -1).unflatten(0, (-1, N))
+
+
+def _prefill(model: Transformer, batch: Sequence[Request], decoding: Decoding) -> tuple[list[Tensor], Fork, Tensor]:
+    """Runs each distinct prompt once; returns what every head has after a request's prompt [B, D], the cache that it goes on with and its
+    next position.
+    """
+    device, n_heads = model.tok_embeddings.weight.device, decoding.n_heads
     place: dict[tuple[int, ...], int] = {}
     prompt_R = torch.tensor([place.setdefault(tuple(request.prompt), len(place)) for request in batch], device=device)
     prompts = list(place)
-    cache, logits = model.new_cache(len(prompts), max(map(len, prompts))), []
+    cache, last = model.new_cache(len(prompts), max(map(len, prompts)), n_heads), []
     for first, after in _together(list(map(len, prompts)), PREFILL_TOKENS):
         lengths = [len(prompt) for prompt in prompts[first:after]]
         # Padding comes after a prompt's own tokens, and no query of theirs sees it.
         tokens = torch.tensor([[*prompt, *[0] * (max(lengths) - len(prompt))] for prompt in prompts[first:after]], device=device)
-        hidden_PTD = model.hidden(tokens, cache.rows(first, after), n_future=1)[0]
-        logits.append(model.output(hidden_PTD[torch.arange(after - first, device=device), torch.tensor(lengths, device=device) - 1]))
+        found, end_P = model.hidden(tokens, cache.rows(first, after), n_future=n_heads), torch.tensor(lengths, device=device) - 1
+        last.append(torch.stack([x_PTD[torch.arange(after - first, device=device), end_P] for x_PTD in found]))
     length_P = torch.tensor(list(map(len, prompts)), device=device)
-    return torch.cat(logits)[prompt_R], cache.fork(prompt_R, length_P, max_tokens), length_P[prompt_R]
+    # Drafts may reach beyond the last token that is asked for.
+    own = decoding.max_tokens + n_heads
+    return list(torch.cat(last, 1)[:, prompt_R]), cache.fork(prompt_R, length_P, own), length_P[prompt_R]
 
 
 def _together(lengths: list[int], budget: int) -> Iterator[tuple[int, int]]:

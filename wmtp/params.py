@@ -231,6 +231,7 @@ class Evaluation(Section):
     top_p: Annotated[float, Field(gt=0, le=1)] = Field(description="least set of tokens with this probability is sampled from; 1: all")
     max_tokens: Positive = Field(description="generated tokens a completion")
     batch_rows: Positive = Field(description="sequences generated side by side, per process")
+    speculate: bool = Field(description="extra heads draft tokens that head 0 confirms: the same text, in fewer forwards")
     ks: list[Positive] = Field(description="k of pass@k; those above n_samples are left out")
     workers: Positive = Field(description="judging processes")
     cpu_seconds: Annotated[float, Field(gt=0)] = Field(description="CPU time of one test program")

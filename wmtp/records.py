@@ -98,7 +98,9 @@ class Completion(Record):
     raw: str = Field(description="decoded text as generated, without end-of-text")
     completion: str = Field(description="the text after the protocol's cut")
     truncated: bool = Field(description="the token limit came before an end or a stop")
-    n_tokens: int
+    ended: bool = Field(description="the model ended the text itself")
+    n_tokens: int = Field(description="of the raw text, without its end")
+    n_forwards: int = Field(ge=1, description="that chose these tokens and the end, the prompt's own among them")
 
 
 VERDICTS = ("pass", "fail", "error", "timeout", "memory", "output-limit", "crash", "harness-error")

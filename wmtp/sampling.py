@@ -1,48 +1,76 @@
 """Problems to completions: requests by protocol, this rank's share, texts cut and collected (greedy and sampled, one file)."""
 
+import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 
-from wmtp.generate import Request, generate
+from wmtp.benchmarks import tokens_per_forward
+from wmtp.generate import Decoding, Request, batches, generate
 from wmtp.model import Transformer
 from wmtp.progress import Bar
 from wmtp.protocols import Protocol
-from wmtp.records import Completion, Problem
+from wmtp.records import Completion, Problem, read_jsonl, write_jsonl
 from wmtp.tokens import Tokenizer
 from wmtp.world import World
 
 
 @dataclass(frozen=True)
 class Benchmark:
-    """A benchmark's problems under one protocol."""
+    """A benchmark's problems under one protocol, their prompts made by `template` where the protocol has none of its own."""
 
     name: str
     protocol: Protocol
     problems: Sequence[Problem]
+    template: str
+
+    def prompts(self, tokenizer: Tokenizer, problems: Sequence[Problem]) -> dict[str, list[int]]:
+        """Token ids by problem."""
+        return {one.task_id: tokenizer.encode_prompt(self.protocol.prompt(one, self.template)) for one in problems}
+
+    def requests(self, prompts: dict[str, list[int]]) -> list[Request]:
+        """One greedy completion and `protocol.n_samples` sampled ones of each prompt."""
+        kinds = [(0, 0.0), *((sample, self.protocol.temperature) for sample in range(self.protocol.n_samples))]
+        return [Request(task_id, sample, prompt, temperature) for task_id, prompt in prompts.items() for sample, temperature in kinds]
 
 
 def complete(
-    model: Transformer, tokenizer: Tokenizer, benchmark: Benchmark, template: str, world: World, *, seed: int, batch_rows: int
+    model: Transformer,
+    tokenizer: Tokenizer,
+    benchmark: Benchmark,
+    world: World,
+    *,
+    seed: int,
+    batch_rows: int,
+    n_heads: int = 1,
+    kept: Path | None = None,
 ) -> list[Completion] | None:
-    """One greedy and `protocol.n_samples` sampled completions a problem, in (problem, temperature, sample) order on rank 0; else None."""
-    protocol = benchmark.protocol
-    requests, prompts = [], {}
-    for problem in benchmark.problems[world.rank :: world.size]:
-        prompts[problem.task_id] = prompt = tokenizer.encode_prompt(protocol.prompt(problem, template))
-        requests.append(Request(problem.task_id, 0, prompt, 0.0))
-        requests += [Request(problem.task_id, sample, prompt, protocol.temperature) for sample in range(protocol.n_samples)]
+    """All completions of a benchmark in (problem, temperature, sample) order on rank 0; None elsewhere.
+
+    `n_heads` of the model's heads draft (1: none), which changes no text. In the folder `kept` every batch that is finished is a file, and
+    one that is found there is not made again: the same ranks and batch size make the same batches.
+    """
+    protocol, prompts = benchmark.protocol, benchmark.prompts(tokenizer, benchmark.problems[world.rank :: world.size])
 
     def text_of(request: Request) -> str:
         return tokenizer.decode_response(prompts[request.task_id], request.output)
 
-    done = []
+    decoding = Decoding(
+        protocol.max_tokens, tokenizer.eos, protocol.top_p, seed, len(tokenizer),
+        (lambda request: protocol.cut(text_of(request))[1]) if protocol.stops else None, n_heads,
+    )  # fmt: skip
+    requests, done = benchmark.requests(prompts), []
     with Bar(f"sample {benchmark.name}", len(requests) * world.size, unit="completions") as bar:
-        for batch in generate(
-            model, requests, max_tokens=protocol.max_tokens, eos=tokenizer.eos, top_p=protocol.top_p, seed=seed, batch_rows=batch_rows,
-            n_tokens=len(tokenizer),
-            stopped=(lambda request: protocol.cut(text_of(request))[1]) if protocol.stops else None,
-        ):  # fmt: skip
-            done += [_completion(benchmark, request, text_of(request)) for request in batch]
+        for number, batch in enumerate(batches(requests, batch_rows)):
+            file = kept / f"{benchmark.name}-{world.rank}-{number}.jsonl" if kept else None
+            if file is None or not file.exists():
+                generate(model, batch, decoding)
+                made = [_completion(benchmark, request, text_of(request)) for request in batch]
+                if file:
+                    write_jsonl(file, made)
+            else:
+                made = list(read_jsonl(file, Completion))
+            done += made
             bar.advance(len(batch) * world.size)
     parts = world.gather(done)
     place = {problem.task_id: i for i, problem in enumerate(benchmark.problems)}
@@ -53,5 +81,23 @@ def _completion(benchmark: Benchmark, request: Request, text: str) -> Completion
     cut, stopped = benchmark.protocol.cut(text)
     return Completion(
         task_id=request.task_id, benchmark=benchmark.name, temperature=request.temperature, sample=request.sample, raw=text, completion=cut,
-        truncated=not (request.ended or stopped), n_tokens=len(request.output),
+        truncated=not (request.ended or stopped), ended=request.ended, n_tokens=len(request.output), n_forwards=request.n_forwards,
     )  # fmt: skip
+
+
+def summary(completions: Sequence[Completion]) -> dict[str, float]:
+    counts = {"completions": len(completions), "truncated": sum(one.truncated for one in completions)}
+    return counts | tokens_per_forward(completions)
+
+
+def speed_up(model: Transformer, tokenizer: Tokenizer, benchmark: Benchmark, n_heads: int, n_prompts: int = 8) -> float:
+    """How many times as fast greedy completions, one after the other, come with drafts as without. Seconds are of this machine, now."""
+    prompts = benchmark.prompts(tokenizer, benchmark.problems[:n_prompts])
+    plain, seconds = Decoding(benchmark.protocol.max_tokens, tokenizer.eos, n_tokens=len(tokenizer)), []
+    for decoding in (plain, replace(plain, n_heads=n_heads)):
+        for warm in (True, False):
+            start = time.perf_counter()
+            for task_id, prompt in list(prompts.items())[: 1 if warm else None]:
+                generate(model, [Request(task_id, 0, prompt, 0.0)], decoding)
+        seconds.append(time.perf_counter() - start)
+    return seconds[0] / seconds[1]

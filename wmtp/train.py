@@ -22,7 +22,6 @@ from wmtp.batches import Batch, collate, in_order, n_steps, share, step_rows
 from wmtp.bundle import NotFinite, bundle_sha256
 from wmtp.model import Transformer, load_bundle
 from wmtp.optim import build_optimizer, learning_rate
-from wmtp.params import OPERATIONAL
 from wmtp.policy import PolicyObjective, check_faults, check_reached, check_selected, scaled
 from wmtp.progress import Bar
 from wmtp.records import write_text
@@ -227,8 +226,7 @@ def fitted(
 
     The block saves the model; the state is kept until it has ended well, so that a full disk costs no training.
     """
-    tracked = {key: value for key, value in params.declared().items() if key not in OPERATIONAL}
-    key = checkpoint.fingerprint(tracked, dict(inputs), world.size)
+    key = checkpoint.fingerprint(params.shaping(), dict(inputs), world.size)
     with checkpoint.scratch(stage, key, world) as folder:
         yield fit(
             model, objective, plan, params.optimizer, world, parallel=params.run.parallel, mixed=params.run.dtype == "bfloat16",

@@ -65,6 +65,10 @@ class View:
     def __getitem__(self, name: str) -> Any:
         return getattr(self, name)
 
+    def shaping(self) -> dict[str, Any]:
+        """`declared` without what changes no result."""
+        return {key: value for key, value in self.declared().items() if key not in OPERATIONAL}
+
     def declared(self) -> dict[str, Any]:
         """Every declared value by its dotted key, JSON-ready: what a fingerprint or a tracker needs."""
         return {key: _plain(_resolve(self._values, key)) for key in sorted(set(self._declared))}
