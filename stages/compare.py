@@ -9,7 +9,7 @@ from typing import Any
 from stages import run
 from wmtp import compare, report
 from wmtp.progress import say
-from wmtp.records import write_text
+from wmtp.records import write_rows, write_text
 
 START, AGAINST = "start", "baseline"
 
@@ -26,8 +26,8 @@ def work(params: Any, track: Any, metrics: str, verdicts: str, out: str, *names:
     found = [asdict(one) for one in compare.differences([start, *methods], AGAINST, settings.bootstrap, pairs)]
     figures = {result.name: compare.figures_of(result) for result in (start, *methods)}
     text = report.table(figures, found, critic, settings.bootstrap)
-    compare.write_rows(folder / "methods.csv", [compare.summary(result) for result in (start, *methods)])
-    compare.write_rows(folder / "differences.csv", found)
+    write_rows(folder / "methods.csv", [compare.summary(result) for result in (start, *methods)])
+    write_rows(folder / "differences.csv", found)
     write_text(folder / "selected.json", json.dumps(figures[settings.method], indent=2) + "\n")
     write_text(folder / "report" / "table.md", text)
     report.draw_scores(figures, START, folder / "report" / "pass_at_k.png")

@@ -11,9 +11,8 @@ from typing import Any
 from stages import run
 from wmtp import study, study_report
 from wmtp.arms import controls
-from wmtp.compare import write_rows
 from wmtp.progress import say
-from wmtp.records import write_text
+from wmtp.records import write_rows, write_text
 
 
 def work(params: Any, track: Any, metrics: str, verdicts: str, out: str, start: str, *others: str) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from wmtp.dependencies import ROOT
 METHODS = ("ntp", "baseline", "verifiable", "rho1")
 EACH = (
     "fetch-checkpoint", "fetch-data", "convert-meta-checkpoint", "build-micro-model", "prepare-and-validate-datasets",
-    "warm-up", "tune-reference", "score-reference", "critic-pretrain", "score-critic", "train@verifiable", "sample@rho1",
+    "warm-up", "tune-reference", "score-reference", "critic-pretrain", "score-critic", "train@verifiable", "sample@rho1", "measure-heads@baseline",
     "evaluate-humaneval-mbpp@start", "compare",
 )  # fmt: skip
 
@@ -85,7 +85,9 @@ def stages_run(done: subprocess.CompletedProcess) -> set[str]:
 
 def after(*methods: str) -> set[str]:
     """The stages that follow a change in the training of these methods."""
-    return {f"{stage}@{method}" for method in methods for stage in ("train", "sample", "evaluate-humaneval-mbpp")} | {"compare"}
+    return {f"{stage}@{method}" for method in methods for stage in ("train", "sample", "measure-heads", "evaluate-humaneval-mbpp")} | {
+        "compare"
+    }
 
 
 def restored(folder: Path) -> None:

@@ -32,7 +32,7 @@ TRAINING = [
     "tokens generate",
     "batches scores sampling",
     "policy critic preference",
-    "scoring train anchor shared",
+    "scoring train anchor shared measure",
     "pretrain",
 ]
 JUDGING = [
@@ -164,7 +164,7 @@ def test_one_table_of_methods():
         assert method_of(name, block).weighting == block.weighting
     assert set(METHODS) - set(PARAMS["methods"]) == WITHOUT_BLOCK
     evaluated = ["start", *trained]
-    assert list(PIPELINE["stages"]["sample"]["foreach"]) == evaluated
+    assert list(PIPELINE["stages"]["sample"]["foreach"]) == list(PIPELINE["stages"]["measure-heads"]["foreach"]) == evaluated
     assert PIPELINE["stages"]["evaluate-humaneval-mbpp"]["foreach"] == evaluated
     compared = set(PIPELINE["stages"]["compare"]["deps"])
     assert {f"metrics/{name}/eval.json" for name in evaluated} | {f"metrics/{name}/train.json" for name in trained} <= compared

@@ -5,7 +5,6 @@ unit of analysis: intervals and p-values speak of other problems of the same kin
 """
 
 import csv
-import io
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -17,7 +16,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from wmtp.passk import estimate, per_problem
-from wmtp.records import Verdict, read_jsonl, write_text
+from wmtp.records import Verdict, read_jsonl
 
 MEASURES = ("pass@1", "greedy")
 ALPHA, POWER = 0.05, 0.8
@@ -248,12 +247,3 @@ def figures_of(result: Result) -> dict[str, dict[str, float]]:
         name: {key: value for key, value in figures.items() if isinstance(value, int | float) and not isinstance(value, bool)}
         for name, figures in sections.items()
     }
-
-
-def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """CSV; numbers in full, None as an empty cell."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(dict.fromkeys(key for row in rows for key in row)), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    write_text(path, text.getvalue())

@@ -3,7 +3,6 @@
 Values and what they mean are those of wmtp.gate. Equal values give equal bytes.
 """
 
-import csv
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ import numpy as np
 
 from wmtp.gate import Judged, calibration, interval
 from wmtp.pages import COLOURS, GREY, canvas
-from wmtp.records import atomic_path
+from wmtp.records import write_rows
 
 SHARES = range(0, 101, 10)  # of a response, in percent
 SHOWN = 64  # tokens of a program, at most
@@ -71,11 +70,11 @@ def write(folder: Path, judged: Judged, pair: Sequence[Curve], confidence: float
     """FOLDER/critic.png, prefix.csv, correct.csv, incorrect.csv, and reliability.csv where values are probabilities."""
     prefix = prefix_rows(judged, confidence, seed)
     bins = calibration(judged.at_share(1.0), judged.is_correct) if judged.unit == "probability" else []
-    _write_rows(folder / "prefix.csv", prefix)
+    write_rows(folder / "prefix.csv", prefix)
     for curve in pair:
-        _write_rows(folder / f"{curve.name}.csv", list(_value_rows(curve)))
+        write_rows(folder / f"{curve.name}.csv", list(_value_rows(curve)))
     if bins:
-        _write_rows(folder / "reliability.csv", bins)
+        write_rows(folder / "reliability.csv", bins)
     draw(folder / "critic.png", prefix, bins, pair, judged.unit, confidence)
 
 
@@ -83,13 +82,6 @@ def _value_rows(curve: Curve) -> Iterator[dict[str, Any]]:
     first, end = curve.fault or (0, 0)
     for place, (text, value) in enumerate(zip(["", *curve.texts], curve.values.tolist())):
         yield {"read": place, "token": visible(text), "value": value, "fault": int(first < place <= end)}
-
-
-def _write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    with atomic_path(path) as temporary, open(temporary, "w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
 
 
 def visible(piece: str) -> str:

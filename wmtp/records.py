@@ -5,14 +5,16 @@ fsync, rename), so a file that exists is whole.
 """
 
 import contextlib
+import csv
 import gzip
 import hashlib
+import io
 import os
 import tempfile
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -178,6 +180,15 @@ def read_jsonl(path: str | Path, kind: type[R]) -> Iterator[R]:
             first = error.errors()[0]
             where = ".".join(str(part) for part in first["loc"]) or "line"
             raise RecordError(f"{path}:{number}: {where}: {first['msg']} (expected a {kind.__name__} line)") from None
+
+
+def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """CSV; numbers in full, None as an empty cell."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(dict.fromkeys(key for row in rows for key in row)), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_text(path, text.getvalue())
 
 
 def sha256_file(path: str | Path) -> str:
