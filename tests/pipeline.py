@@ -13,8 +13,8 @@ from wmtp.dependencies import ROOT
 METHODS = ("ntp", "baseline", "verifiable", "rho1")
 EACH = (
     "fetch-checkpoint", "fetch-data", "convert-meta-checkpoint", "build-micro-model", "prepare-and-validate-datasets",
-    "warm-up", "tune-reference", "score-reference", "critic-pretrain", "score-critic", "train@verifiable", "sample@rho1", "measure-heads@baseline",
-    "evaluate-humaneval-mbpp@start", "compare",
+    "warm-up", "tune-reference", "score-reference", "critic-pretrain", "score-critic", "train@verifiable", "sample@rho1",
+    "measure-heads@baseline", "evaluate-humaneval-mbpp@start", "compare",
 )  # fmt: skip
 
 
