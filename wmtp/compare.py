@@ -7,8 +7,8 @@ unit of analysis: intervals and p-values speak of other problems of the same kin
 import csv
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from statistics import NormalDist
 from typing import Any, TypeVar
@@ -89,6 +89,26 @@ def _with_keys(figures: dict[str, T], keys: Sequence[str], where: object) -> dic
     if missing := [key for key in keys if key not in figures]:
         raise CompareError(f"{where}: no {', '.join(missing)}, found {', '.join(figures) or 'nothing'}; run the stage that makes it again")
     return figures
+
+
+def read_differences(path: Path) -> list[dict[str, Any]]:
+    """The rows of a differences.csv, numbers as numbers."""
+    kinds = {field.name: field.type for field in fields(Difference)}
+    as_value: dict[Any, Callable[[str], Any]] = {bool: "True".__eq__, float | None: lambda cell: float(cell) if cell else None}
+    return [{name: as_value.get(kinds[name], kinds[name])(cell) for name, cell in row.items()} for row in _rows(path)]
+
+
+def read_places(path: Path) -> list[dict[str, float]]:
+    """The rows of a heads.csv."""
+    return [{name: float(cell) for name, cell in row.items()} for row in _rows(path)]
+
+
+def _rows(path: Path) -> list[dict[str, str]]:
+    try:
+        with open(path, encoding="utf-8", newline="") as file:
+            return list(csv.DictReader(file))
+    except FileNotFoundError:
+        raise CompareError(f"{path}: no such file; run the stage that makes it (dvc repro)") from None
 
 
 def read_critic(path: Path) -> dict[str, Any]:

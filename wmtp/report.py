@@ -18,45 +18,53 @@ ALPHA = 0.05
 OTHER_BUDGET = (
     " †: the two took other steps or read other tokens (see above), so that the difference is not the weights' alone; never marked *."
 )
+FLOPS = (
+    "FLOPs: 2 a weight and position forward, 4 backward, at the positions that are computed: heads compute no prompt, the vocabulary is"
+    " computed at targets alone; attention between positions and padding are left out. First the policy's own training; in total with the"
+    " training of its critic or reference and the forward of that over the policies' data, counted whole for every method that reads it."
+    " The warm-up, which all share, is not counted. Wall clock: in MLflow and the logs."
+)
+COVERED = (
+    "The choice of problems only: each method was trained once, with one training seed, and another seed may move its numbers beyond these"
+    " intervals."
+)
 NONE_PASSED = " No program of any method passed its tests: the scores say nothing of the methods."
 Z_95 = NormalDist().inv_cdf(0.975)
 
 
 def table(figures: Figures, differences: Sequence[Mapping[str, Any]], critic: Mapping[str, Any], resamples: int) -> str:
     """The page as GitHub markdown, columns padded for a terminal; `critic` is metrics/critic.json."""
-    counts = {one["benchmark"]: one["n_problems"] for one in differences}
-    problems = " and ".join(f"{n} problems ({title(benchmark)})" for benchmark, n in counts.items())
     blocks = [
         "## Methods",
-        grid(*_scores(figures)),
-        paragraph(
-            f"In percent, ± one standard error over {problems}. CE: cross-entropy of head 0 on held-out programs, nats per token."
-            + ("" if _any_passed(figures) else NONE_PASSED)
-        ),
-        grid(*_costs(figures)),
-        paragraph(
-            "FLOPs: 2 a weight and position forward, 4 backward, at the positions that are computed: heads compute no prompt, the"
-            " vocabulary is computed at targets alone; attention between positions and padding are left out. First the policy's own"
-            " training; in total with the training of its critic or reference and the forward of that over the policies' data, counted"
-            " whole for every method that reads it. The warm-up, which all share, is not counted. Wall clock: in MLflow and the logs."
-        ),
+        grid(*scores_grid(figures)),
+        paragraph(scores_note(figures)),
+        grid(*costs_grid(figures)),
+        paragraph(FLOPS),
         f"## Differences from {differences[0]['against']}, and between the other methods",
-        grid(*_differences(differences)),
-        paragraph(
-            f"In points. Interval: percentiles of {resamples:,} paired bootstrap resamples of problems. p: paired bootstrap for pass@1,"
-            f" exact McNemar for greedy. Holm p: adjusted for all {len(differences)} rows (*: below {ALPHA:g}). MDE: minimum detectable"
-            " effect, the smallest true difference that one unadjusted 5 % test would find with 80 % power; n/a where no problem differs."
-            + (OTHER_BUDGET if any(_unequal(one) for one in differences) else "")
-        ),
+        grid(*differences_grid(differences)),
+        paragraph(differences_note(differences, resamples)),
         "## Critic",
         paragraph(gate_line(critic)),
         "## What the intervals cover",
-        paragraph(
-            "The choice of problems only: each method was trained once, with one training seed, and another seed may move its numbers"
-            " beyond these intervals."
-        ),
+        paragraph(COVERED),
     ]
     return "\n\n".join(blocks) + "\n"
+
+
+def scores_note(figures: Figures) -> str:
+    counts = {benchmark: next(iter(figures.values()))[benchmark]["n_problems"] for benchmark in _benchmarks(figures)}
+    problems = " and ".join(f"{n} problems ({title(benchmark)})" for benchmark, n in counts.items())
+    text = f"In percent, ± one standard error over {problems}. CE: cross-entropy of head 0 on held-out programs, nats per token."
+    return text + ("" if _any_passed(figures) else NONE_PASSED)
+
+
+def differences_note(differences: Sequence[Mapping[str, Any]], resamples: int) -> str:
+    return (
+        f"In points. Interval: percentiles of {resamples:,} paired bootstrap resamples of problems. p: paired bootstrap for pass@1,"
+        f" exact McNemar for greedy. Holm p: adjusted for all {len(differences)} rows (*: below {ALPHA:g}). MDE: minimum detectable"
+        " effect, the smallest true difference that one unadjusted 5 % test would find with 80 % power; n/a where no problem differs."
+        + (OTHER_BUDGET if any(_unequal(one) for one in differences) else "")
+    )
 
 
 def gate_line(critic: Mapping[str, Any]) -> str:
@@ -74,7 +82,8 @@ def gate_line(critic: Mapping[str, Any]) -> str:
     )
 
 
-def _scores(figures: Figures) -> Grid:
+def scores_grid(figures: Figures) -> Grid:
+    """Header, rows and the number of columns of words, as wmtp.pages.grid takes them."""
     header, columns = ["method"], []
     for benchmark in _benchmarks(figures):
         keys = _keys(next(iter(figures.values()))[benchmark])
@@ -93,7 +102,7 @@ def _any_passed(figures: Figures) -> bool:
     return any(section[key] > 0 for section in sections for key in _keys(section))
 
 
-def _costs(figures: Figures) -> Grid:
+def costs_grid(figures: Figures) -> Grid:
     keys = ("steps", "tokens", "parameters")
     spent = {name: sections["training"] for name, sections in figures.items() if sections["training"]}
     rows = [
@@ -103,7 +112,7 @@ def _costs(figures: Figures) -> Grid:
     return ["method", *keys, "FLOPs", "total FLOPs"], rows, 1
 
 
-def _differences(differences: Sequence[Mapping[str, Any]]) -> Grid:
+def differences_grid(differences: Sequence[Mapping[str, Any]]) -> Grid:
     usual = differences[0]["against"]
     header = ["method", "benchmark", "measure", "difference", "95 % interval", "p", "Holm p ", "MDE"]
     rows = [
@@ -178,6 +187,44 @@ def draw_training(figures: Figures, logs: Mapping[str, Mapping[str, Sequence[flo
         heads.set_xticks(range(max(len(line.get_xdata()) for line in heads.lines)))
         loss.set_ylabel("cross-entropy, nats per token")
         heads.legend()
+
+
+def draw_heads(places: Mapping[str, Sequence[Mapping[str, float]]], path: Path) -> None:
+    """Accuracy of each head by place in held-out programs, a panel a head; `places`: rows of metrics/MODEL/heads.csv by model."""
+    n_heads = max(sum(key.startswith("ce_head") for key in rows[0]) for rows in places.values())
+    with panels(path, (2.7 * n_heads, 2.9), n_heads, sharey=True) as axes:
+        for head, panel in enumerate(axes):
+            for place, (name, rows) in enumerate(places.items()):
+                if (key := f"accuracy_at_1_head{head}") in rows[0]:
+                    at, accuracy = [100 * row["place"] for row in rows], [100 * row[key] for row in rows]
+                    panel.plot(at, accuracy, color=colour(place), marker=marker(place), ms=3.5, lw=1.2, label=name)
+            panel.set_title(f"head {head}" + (", next token" if head == 0 else f", {head + 1} ahead"), loc="left")
+            panel.set_xlabel("place in the program, %")
+        axes[0].set_ylabel("tokens foreseen, %")
+        axes[0].legend(loc="lower right")
+
+
+def draw_weights(logs: Mapping[str, Mapping[str, Sequence[float]]], path: Path) -> None:
+    """By step: the effective share of tokens under each method's weights; the share that each head selects where some are left out."""
+    selecting = [name for name, log in logs.items() if any(min(column) < 1 for column in _selected(log))]
+    with panels(path, (3.4 * (1 + len(selecting)), 2.9), 1 + len(selecting)) as (shares, *selections):
+        for place, (name, log) in enumerate(logs.items()):
+            shares.plot(log["step"], [100 * share for share in log["weight_ess"]], color=colour(place), label=name, lw=1.2)
+        shares.set_title("Effective share of tokens, %", loc="left")
+        shares.set_ylim(0, 104)
+        shares.legend(loc="lower right")
+        for panel, name in zip(selections, selecting):
+            for head, column in enumerate(_selected(logs[name])):
+                panel.plot(logs[name]["step"], [100 * share for share in column], color=colour(head), label=f"head {head}", lw=1.2)
+            panel.set_title(f"Tokens that {name} selects, %", loc="left")
+            panel.set_ylim(0, 104)
+            panel.legend(loc="lower right")
+        for panel in (shares, *selections):
+            panel.set_xlabel("optimizer step")
+
+
+def _selected(log: Mapping[str, Sequence[float]]) -> list[Sequence[float]]:
+    return [log[f"weight_selected_head{head}"] for head in range(sum(key.startswith("weight_selected_head") for key in log))]
 
 
 def _interval(benchmark: Mapping[str, float], measure: str) -> tuple[float, float]:
