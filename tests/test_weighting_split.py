@@ -10,11 +10,12 @@ import pytest
 import torch
 from pydantic import TypeAdapter
 
-from tests import methods
+from tests import methods, test_incorrect
 from tests.conftest import run_ranks
-from tests.test_train import ALONE, OPTIMIZER, assert_equal_gradients, gradient, plan_of, start_model
+from tests.test_train import ALONE, OPTIMIZER, SETTINGS, assert_equal_gradients, gradient, plan_of, start_model
 from wmtp import shared, train
 from wmtp.batches import share
+from wmtp.blocks import reads_pairs
 from wmtp.checkpoint import full_state
 from wmtp.critic import pairs
 from wmtp.method_schema import AnyMethod
@@ -26,24 +27,40 @@ ALL_ROWS = 10**6
 SCOPED = [
     f"{name} {scope}" for name in ("rho1", "inverted_k", "dft", "focal", "loss_topk", "entropy_topk") for scope in ("two_pass", "lagged")
 ]
-CASES = [*METHODS, *SCOPED]
+PAIRED = ["verifiable weighted", "verifiable binary", "verifiable_shared weighted"]  # incorrect programs train the policy too
+CASES = [*METHODS, *SCOPED, *PAIRED]
 QUICK = ["baseline", "verifiable", "rho1", "verifiable_shared"]
-SHARDED = ["verifiable_shared", "rho1 lagged"]  # trained over many steps with FSDP too; its gradients are compared for all
+# Trained over many steps with FSDP too; its gradients are compared for all.
+SHARDED = ["verifiable", "rho1", "rho1 two_pass", "rho1 lagged", "verifiable_shared", "verifiable weighted"]
+SINGLE = [name for name in METHODS if name not in SETTINGS]  # on ranks in float32; tests.test_train has the others
 N_STEPS = 9
+
+
+def block_of(name):
+    """The method's block, changed as the name's second word says."""
+    name, form = (*name.split(), None)[:2]
+    if form == "binary":
+        return test_incorrect.block(form, name, n_future=heads_of(name))
+    changes = {"policy_on_incorrect": form} if form == "weighted" else {"scope": {"kind": form, "ema": 0.5} if form == "lagged" else form}
+    return methods.block(name, heads_of(name), **(changes if form else {}))
+
+
+def heads_of(name):
+    return 1 if name == "ntp" else 3
+
+
+def settings_of(name):
+    return TypeAdapter(AnyMethod).validate_python(block_of(name))
 
 
 def objective_of(name, plan):
     """The method fitted to the plan."""
-    name, *scope = name.split()
-    scope = [{"kind": "lagged", "ema": 0.5} if one == "lagged" else one for one in scope]
-    values = methods.block(name, 3, **({"scope": scope[0]} if scope else {}))
-    settings = TypeAdapter(AnyMethod).validate_python(values)
-    return shared.objective(settings, methods.objective(name, plan.first_pass(), values=values))
+    return shared.objective(settings_of(name), methods.objective(name.split()[0], plan.first_pass(), values=block_of(name)))
 
 
 def eight_a_step(data, name, **changes):
-    """A plan of four pairs a step for a shared critic, of eight correct rows for all others."""
-    units = pairs(data) if name.endswith("_shared") else data.correct_rows()
+    """A plan of four pairs a step for a method that reads pairs, of eight correct rows for all others."""
+    units = pairs(data) if reads_pairs(settings_of(name)) else data.correct_rows()
     shortest = np.argsort(data.lengths[units].reshape(len(units), -1).sum(1), kind="stable")[: 24 // units.ndim]
     return plan_of(data, 8 // units.ndim, units=units[shortest], **changes)
 
@@ -59,23 +76,22 @@ def one_row(step):
     return step.take(np.flatnonzero(step.is_correct_B & (step.span_B2[:, 0] >= 0))[:1])
 
 
-def network(bundle, name):
-    """The policy in float64, with a value head that has learned something where its critic is shared."""
-    model = start_model(bundle)
-    if not name.endswith("_shared"):
+def network(bundle, name, dtype=torch.float64):
+    """The policy, with a value head that has learned something where its critic is shared."""
+    model = shared.network(settings_of(name), start_model(bundle, dtype, heads_of(name)))
+    if not isinstance(model, shared.SharedPolicy):
         return model
-    model = shared.SharedPolicy(model)
     torch.nn.init.normal_(model.value.weight, std=0.5, generator=torch.Generator().manual_seed(2))
     return model
 
 
-def gradient_of(bundle, data, name, rows=None, world=ALONE, budget=ALL_ROWS, parallel="ddp"):
+def gradient_of(bundle, data, name, rows=None, world=ALONE, budget=ALL_ROWS, parallel="ddp", dtype=torch.float64):
     """The gradient of a step of eight rows, or of `rows` of it; where it is judged by the steps before, of these too."""
     step, objective = eight_rows(data, name)
     budget = two_rows_each(step) if budget is None else budget
     for earlier in (eight_a_step(data, name).step(1), plan_of(data, 3).step(2)) if getattr(objective, "lag", None) else ():
-        gradient(network(bundle, name), objective, earlier, world, budget, parallel)
-    return gradient(network(bundle, name), objective, step if rows is None else rows(step), world, budget, parallel)
+        gradient(network(bundle, name, dtype), objective, earlier, world, budget, parallel)
+    return gradient(network(bundle, name, dtype), objective, step if rows is None else rows(step), world, budget, parallel)
 
 
 def two_rows_each(step):
@@ -85,9 +101,19 @@ def two_rows_each(step):
     return budget
 
 
-@pytest.mark.parametrize("name", [*QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in CASES if name not in QUICK)])
+def quick_and_slow(names):
+    return [*QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in names if name not in QUICK)]
+
+
+@pytest.mark.parametrize("name", quick_and_slow(CASES))
 def test_micro_batches_give_the_gradient_of_the_whole(micro, data, name):
     assert_equal_gradients(gradient_of(micro.bundle, data, name, budget=None), gradient_of(micro.bundle, data, name), 1e-10)
+
+
+@pytest.mark.parametrize("name", quick_and_slow(METHODS))
+def test_micro_batches_give_the_gradient_of_the_whole_in_single_precision(micro, data, name):
+    whole, several = (gradient_of(micro.bundle, data, name, budget=budget, dtype=torch.float32) for budget in (ALL_ROWS, None))
+    assert_equal_gradients(several, whole, 1e-6)
 
 
 def test_the_log_is_the_same_however_a_step_is_split(micro, data):
@@ -119,6 +145,9 @@ def on_two_ranks(bundle, processed, out):
             for parallel in ("ddp", "fsdp"):
                 found[name, parallel] = gradient_of(bundle, data, name, world=world, budget=None, parallel=parallel)
                 found[name, parallel, "one row"] = gradient_of(bundle, data, name, one_row, world, parallel=parallel)
+                if name in SINGLE:
+                    single = {"parallel": parallel, "dtype": torch.float32}
+                    found[name, parallel, "single"] = gradient_of(bundle, data, name, world=world, budget=None, **single)
             for parallel in ("ddp", "fsdp") if name in SHARDED else ("ddp",):
                 found[name, "trained", parallel] = trained(bundle, data, name, world, None, parallel)
     torch.save(found, f"{out}/{world.rank}.pt")
@@ -141,6 +170,15 @@ def test_two_ranks_give_the_gradient_of_one_also_where_a_rank_has_no_row(ranks, 
         expected = gradient_of(micro.bundle, data, name, rows)
         for found in ranks:
             assert_equal_gradients(found[key], expected, 1e-10)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+@pytest.mark.parametrize("name", SINGLE)
+def test_two_ranks_give_the_gradient_of_one_in_single_precision(ranks, micro, data, name, parallel):
+    expected = gradient_of(micro.bundle, data, name, dtype=torch.float32)
+    for found in ranks:
+        assert_equal_gradients(found[name, parallel, "single"], expected, 1e-6)
 
 
 @pytest.mark.slow
