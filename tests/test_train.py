@@ -22,10 +22,11 @@ from wmtp.align import align_future
 from wmtp.batches import collate, in_order
 from wmtp.bundle import read_args
 from wmtp.checkpoint import save_model
-from wmtp.critic import Critic, ValueObjective
+from wmtp.critic import Critic, ValueObjective, pairs
 from wmtp.model import load_bundle
 from wmtp.optim import build_optimizer, learning_rate
 from wmtp.policy import PolicyObjective, WeightError
+from wmtp.preference import PairwiseObjective
 from wmtp.protocols import PROTOCOLS, with_sampling
 from wmtp.raw_data import read_raw
 from wmtp.scores import problems_of
@@ -567,17 +568,25 @@ def on_two_ranks(bundle, processed, raw, out):
             model = start_model(bundle, getattr(torch, dtype))
             found[name, dtype, parallel, "one row"] = gradient(model, policy(name), plan_of(data, 1).step(0), world, 300, parallel)
         for parallel in ("ddp", "fsdp"):
-            found["critic", parallel] = critic_gradient(bundle, data, world, parallel)
+            for kind, n_rows in CRITICS:
+                found["critic", kind, n_rows, parallel] = critic_gradient(bundle, data, kind, n_rows, world, 300, parallel)
             found["resumed", parallel] = resumed_on_ranks(bundle, data, world, parallel, Path(out) / parallel)
             found["broken", parallel] = broken_on_ranks(bundle, data, world, parallel)
         found["completions"] = completions(bundle, Path(raw), world)
     torch.save(found, f"{out}/{world.rank}.pt")
 
 
-def critic_gradient(bundle, data, world, parallel):
+# Unequal shares; of a single row or pair, a rank that holds nothing but filler.
+CRITICS = [("bce", 7), ("bce", 1), ("pairwise", 10), ("pairwise", 2)]
+
+
+def critic_gradient(bundle, data, kind, n_rows, world=ALONE, budget=10**6, parallel="ddp"):
     critic = Critic(start_model(bundle, n_future=1))
     torch.nn.init.normal_(critic.value.weight, generator=torch.Generator().manual_seed(0))
-    return gradient(critic, ValueObjective("bce", lm_coef=0.5), collate(data, np.arange(7)), world, 300, parallel)
+    objective, rows = ValueObjective("bce", lm_coef=0.5), np.arange(n_rows)
+    if kind == "pairwise":
+        objective, rows = PairwiseObjective(lm_coef=0.5), pairs(data).reshape(-1)[:n_rows]
+    return gradient(critic, objective, collate(data, rows), world, budget, parallel)
 
 
 def resumed_on_ranks(bundle, data, world, parallel, scratch):
@@ -637,10 +646,11 @@ def test_two_ranks_take_the_gradient_of_one(ranks, micro, data, name, dtype, par
 
 @pytest.mark.slow
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
-def test_two_ranks_take_the_critics_gradient_of_one(ranks, micro, data, parallel):
-    expected = critic_gradient(micro.bundle, data, ALONE, parallel)
+@pytest.mark.parametrize("kind, n_rows", CRITICS)
+def test_two_ranks_take_the_critics_gradient_of_one(ranks, micro, data, kind, n_rows, parallel):
+    expected = critic_gradient(micro.bundle, data, kind, n_rows)
     for found in ranks:
-        assert_equal_gradients(found["critic", parallel], expected, 1e-10)
+        assert_equal_gradients(found["critic", kind, n_rows, parallel], expected, 1e-10)
 
 
 @pytest.mark.slow
