@@ -15,6 +15,7 @@ from tests.test_advantage import SPANS, Calls, T, by_definition, mask, rewards, 
 from tests.test_align import earlier, later
 from wmtp import weighting
 from wmtp.advantage import policy_advantage
+from wmtp.align import align_future
 from wmtp.weighting import METHODS, Method, concentration, keywords, project_mean_one
 from wmtp.weighting.advantage import standardise, token_weights
 from wmtp.weighting.excess import head_weights, select_top
@@ -246,6 +247,21 @@ def test_a_dead_critic_gives_almost_uniform_weights(seed, lam):
     values = (0.5 + 1e-4 * torch.randn(32, 100, generator=random)).float()
     off = weights(values, response, lam=lam)[response] - 1
     assert float(off.square().mean().sqrt()) <= 0.03 and float(off.abs().max()) <= 0.1
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("lam", [0.0, 0.95, 1.0, "length_adaptive"])
+def test_a_dead_critic_gives_almost_uniform_weights_where_each_row_is_a_population(seed, lam):
+    random = torch.Generator().manual_seed(seed)
+    response = mask(tuple((5, int(last)) for last in torch.randint(8, 99, (32,), generator=random)), 100)
+    values = (0.5 + 1e-4 * torch.randn(32, 100, generator=random)).float()
+    work = methods.objective("verifiable_shared", lam=lam)
+    arrays = {"ce_BTF": torch.zeros(32, 100, 4), "signal_BT": values, "response_BT": response, "is_correct_B": None}
+    w, valid = work.method.weigh(arrays, work.settings), align_future(response, 4, False)
+    for row, among in zip(w, valid):
+        off = row[among].double() - 1
+        assert abs(float(off.mean())) <= 1e-6
+        assert 0 < float(off.square().mean().sqrt()) <= 0.03 and float(off.abs().max()) <= 0.1
 
 
 def test_a_constant_critic_gives_ones():
