@@ -1,21 +1,26 @@
 """The critic's section of the parameters: each form of its loss to a network and an objective; what is judged and shown."""
 
+import json
+from itertools import product
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
+from stages import critic_pretrain
 from tests.test_critic import small_critic
 from tests.test_model import random_model
 from tests.test_params import changed
-from wmtp import pretrain
+from wmtp import critic_report, params, pretrain
 from wmtp.anchor import AnchoredCritic, AnchoredObjective
-from wmtp.critic import Critic, ValueObjective, pairs
+from wmtp.critic import Critic, ValueObjective, load_critic, pairs
 from wmtp.model import load_bundle
 from wmtp.params import ParameterError, validate
 from wmtp.preference import PairwiseObjective
 from wmtp.scoring import critic_value, score_rows
+from wmtp.tokens import TokenData
+from wmtp.view import View
 from wmtp.world import World
 
 ALONE = World(0, 1, torch.device("cpu"))
@@ -97,14 +102,51 @@ def test_texts_are_those_of_the_response_without_its_end(data, tokenizer):
 
 def test_the_stage_judges_no_problem_that_it_trains_on(micro, monkeypatch):
     """Before anything is trained: the held-out split must not share a problem with the critic's."""
-    from stages import critic_pretrain
     from wmtp.scores import ScoreError
 
     same = critic_pretrain.TokenData(micro.processed, "policy")
     monkeypatch.setattr(critic_pretrain, "TokenData", lambda processed, split: same)
     settings = SimpleNamespace(gate=SimpleNamespace(confidence=0.95, min_delta_std=0.0))
-    params = SimpleNamespace(
+    seeing = SimpleNamespace(
         critic=settings, seed=1, optimizer=SimpleNamespace(micro_batch_tokens=4000), run=SimpleNamespace(device="cpu", checkpoint_every=5)
     )
     with pytest.raises(ScoreError, match=r"the gate: the critic trained on .* problems of .*policy that it is to judge"):
-        critic_pretrain.work(params, None, str(micro.bundle), str(micro.processed), "out", "log", "report", "pictures")
+        critic_pretrain.work(seeing, None, str(micro.bundle), str(micro.processed), "out", "log", "report", "pictures")
+
+
+@torch.no_grad()
+def ordered_share(critic, data, within_problems):
+    """How often a correct program ends with a higher value than an incorrect one, of all that make pairs, scored one at a time."""
+    last = []
+    for row in pairs(data).reshape(-1):
+        ids, place = torch.tensor(data.input_ids([row])[0], dtype=torch.long)[None], int(data.response_start[row])
+        value = float(critic(ids, torch.arange(ids.shape[1])[None] >= place)[0][0, -2])
+        last.append((value, data.is_correct[row], data.problem_of[row]))
+    won = {}
+    for right, wrong in product(*([one for one in last if one[1] == label] for label in (True, False))):
+        if not within_problems or right[2] == wrong[2]:
+            won.setdefault(right[2] if within_problems else None, []).append((right[0] > wrong[0]) + (right[0] == wrong[0]) / 2)
+    return np.mean([np.mean(shares) for shares in won.values()])
+
+
+REGRESSION = {"kind": "bce", "gamma": 1.0, "lam": 1.0, "anchor": None}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("loss", [REGRESSION, {"kind": "pairwise"}], ids=["bce", "pairwise"])
+def test_the_auc_in_fold_is_that_of_the_pairs_that_the_critic_trained_on(micro, data, tmp_path, monkeypatch, loss):
+    """Not that of the held-out pairs, which is far lower where a critic has learned its pairs by heart."""
+    monkeypatch.setenv("DVC_ROOT", str(tmp_path))
+    monkeypatch.setattr(critic_report, "write", lambda *_, **__: None)
+    monkeypatch.setattr(critic_pretrain, "TokenData", lambda folder, split: TokenData(folder, {"critic": "policy"}.get(split, split)))
+    values = changed("critic.loss", loss)
+    values["critic"] |= {"n_epochs": 12.0, "learning_rate": 0.005, "batch_rows": 8, "lm_coef": 0.0}
+    values["optimizer"]["micro_batch_tokens"], values["run"]["device"] = 4000, "cpu"
+    seeing, track = View(validate(values), list(params.Params.model_fields), "critic-pretrain"), SimpleNamespace(log=lambda *_: None)
+    paths = [str(tmp_path / name) for name in ("critic", "log.csv", "critic.json", "pictures")]
+    critic_pretrain.work(seeing, track, str(micro.bundle), str(micro.processed), *paths)
+    figures, critic = json.loads((tmp_path / "critic.json").read_text()), load_critic(paths[0])
+    by_problem = loss["kind"] == "pairwise"
+    own, held_out = (ordered_share(critic, split, by_problem) for split in (data, TokenData(micro.processed, "validation")))
+    assert figures["auc_in_fold"] == pytest.approx(own, abs=2e-3) and figures["auc"] == pytest.approx(held_out, abs=1e-2)
+    assert own > held_out + 0.1
