@@ -110,7 +110,7 @@ def test_a_killed_cell_does_not_go_on_with_another_beta(micro, scores, monkeypat
     """The description is one of the inputs that name the state in .work."""
     monkeypatch.setenv("DVC_ROOT", str(scores.parent))
     seen = []
-    monkeypatch.setattr(stage.train.checkpoint, "fingerprint", lambda declared, inputs, size: seen.append(inputs) or f"key{len(seen)}")
+    monkeypatch.setattr(stage.train, "fingerprint", lambda declared, inputs, world: seen.append(inputs) or f"key{len(seen)}")
     for beta in (0.7, 0.5):
         trained(micro, scores, "verifiable", f"at-{beta}", beta=beta, train_anyway=True)
     assert seen[0]["arm"] != seen[1]["arm"] and {**seen[0], "arm": 0} == {**seen[1], "arm": 0}

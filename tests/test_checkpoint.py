@@ -11,11 +11,12 @@ import torch
 
 from tests.conftest import ROOT
 from tests.test_model import GROUPED, random_model, random_targets, random_tokens
-from wmtp import checkpoint
+from wmtp import scratch
 from wmtp.bundle import bundle_sha256, read_metadata, verify
-from wmtp.checkpoint import ScratchBusy, fingerprint, restore, save, save_model, scratch
+from wmtp.checkpoint import restore, save, save_model
 from wmtp.model import load_bundle
 from wmtp.params import Run
+from wmtp.scratch import ScratchBusy, fingerprint, held
 from wmtp.world import World
 
 ALONE = World(0, 1, torch.device("cpu"))
@@ -113,25 +114,28 @@ def test_restoring_runs_no_code(tmp_path, monkeypatch):
     assert not (tmp_path / "pwned").exists()
 
 
-def test_fingerprints_name_all_that_shapes_a_run():
-    base = fingerprint({"a": 1, "b": [1, 2]}, {"data": "x", "start": "y"}, 2)
-    assert fingerprint({"b": [1, 2], "a": 1}, {"start": "y", "data": "x"}, 2) == base
-    inputs = {"data": "x", "start": "y"}
-    others = [fingerprint(declared, inputs, 2) for declared in ({"a": 2, "b": [1, 2]}, {"a": 1}, {"a": 1, "b": [2, 1]})]
-    others += [fingerprint({"a": 1, "b": [1, 2]}, inputs | {"data": "z"}, 2), fingerprint({"a": 1, "b": [1, 2]}, inputs, 4)]
-    assert len({base, *others}) == 6
+def test_fingerprints_name_all_that_shapes_a_run(monkeypatch):
+    declared, inputs, cpu = {"a": 1, "b": [1, 2]}, {"data": "x", "start": "y"}, torch.device("cpu")
+    base = fingerprint(declared, inputs, World(0, 2, cpu))
+    assert fingerprint({"b": [1, 2], "a": 1}, {"start": "y", "data": "x"}, World(1, 2, cpu)) == base
+    others = [fingerprint(other, inputs, World(0, 2, cpu)) for other in ({"a": 2, "b": [1, 2]}, {"a": 1}, {"a": 1, "b": [2, 1]})]
+    others.append(fingerprint(declared, inputs | {"data": "z"}, World(0, 2, cpu)))
+    others += [fingerprint(declared, inputs, world) for world in (World(0, 4, cpu), World(0, 2, torch.device("cuda")))]
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 97)
+    others.append(fingerprint(declared, inputs, World(0, 2, cpu)))
+    assert len({base, *others}) == 8
 
 
 @pytest.mark.parametrize("edited", ["stages/train.py", "wmtp/train.py", "wmtp/weighting/uniform.py"])
 def test_an_edited_program_has_another_fingerprint(tmp_path, monkeypatch, edited):
     for folder in ("stages", "wmtp"):
         shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))
-    before = fingerprint({}, {}, 1)
-    monkeypatch.setattr(checkpoint, "ROOT", tmp_path)
-    assert fingerprint({}, {}, 1) == before
+    before = fingerprint({}, {}, ALONE)
+    monkeypatch.setattr(scratch, "ROOT", tmp_path)
+    assert fingerprint({}, {}, ALONE) == before
     with open(tmp_path / edited, "a") as file:
         file.write("# another program\n")
-    assert fingerprint({}, {}, 1) != before
+    assert fingerprint({}, {}, ALONE) != before
 
 
 @pytest.fixture
@@ -141,25 +145,25 @@ def root(tmp_path, monkeypatch):
 
 
 def test_scratch_is_kept_on_failure_and_removed_on_success(root):
-    with pytest.raises(KeyError), scratch("train@rho1", "abc", ALONE) as folder:
+    with pytest.raises(KeyError), held("train@rho1", "abc", ALONE) as folder:
         assert folder == root / ".work" / "train-rho1-abc"
         (folder / "state.pt").write_text("half way")
         raise KeyError
-    with scratch("train@rho1", "abc", ALONE) as folder:
+    with held("train@rho1", "abc", ALONE) as folder:
         assert (folder / "state.pt").read_text() == "half way"
     assert not list((root / ".work").iterdir())
 
 
 def test_another_key_or_stage_is_another_directory(root):
-    with scratch("train", "abc", ALONE) as one, scratch("train", "abd", ALONE) as two, scratch("warm_up", "abc", ALONE) as three:
+    with held("train", "abc", ALONE) as one, held("train", "abd", ALONE) as two, held("warm_up", "abc", ALONE) as three:
         assert len({one, two, three}) == 3
 
 
 HOLD = """
 import sys, torch
-from wmtp.checkpoint import scratch
+from wmtp.scratch import held
 from wmtp.world import World
-with scratch("train", "abc", World(0, 1, torch.device("cpu"))):
+with held("train", "abc", World(0, 1, torch.device("cpu"))):
     print("held", flush=True)
     sys.stdin.read()
 """
@@ -170,22 +174,22 @@ def test_a_directory_held_by_a_live_process_is_refused_and_free_once_that_is_kil
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     holder = subprocess.Popen([sys.executable, "-c", HOLD], cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, **pipes)
     assert holder.stdout.readline() == "held\n"
-    with pytest.raises(ScratchBusy, match="train-abc: another process is training here"), scratch("train", "abc", ALONE):
+    with pytest.raises(ScratchBusy, match="train-abc: another process works here"), held("train", "abc", ALONE):
         pytest.fail("two processes in one scratch directory")
-    with scratch("train", "abd", ALONE):
+    with held("train", "abd", ALONE):
         pass
     holder.kill()
     holder.communicate()
-    with scratch("train", "abc", ALONE) as folder:
+    with held("train", "abc", ALONE) as folder:
         assert folder.is_dir()
 
 
 def test_a_directory_in_use_is_refused_but_shared_by_the_ranks_of_one_run(root):
-    with scratch("train", "abc", ALONE) as folder:
+    with held("train", "abc", ALONE) as folder:
         (folder / "state.pt").touch()
-        with pytest.raises(ScratchBusy), scratch("train", "abc", ALONE):
+        with pytest.raises(ScratchBusy), held("train", "abc", ALONE):
             pytest.fail("two runs in one scratch directory")
-        with scratch("train", "abc", SECOND) as shared:
+        with held("train", "abc", SECOND) as shared:
             assert shared == folder
         assert (folder / "state.pt").exists(), "what a second run or another rank does never removes the first one's state"
 

@@ -420,8 +420,11 @@ def test_a_value_head_of_another_shape_or_name_is_refused(saved, change):
 # --- pairs -------------------------------------------------------------------------------------------------------------------------
 
 
-def split(*problems, prompt=0):
-    """Token data of these problems, each (response lengths of correct rows, of incorrect rows), rows numbered in that order."""
+def split(*problems, prompt=0, cut=None):
+    """Token data of these problems, each (response lengths of correct rows, of incorrect rows), rows numbered in that order.
+
+    Prompts have `prompt` tokens; `cut` names rows whose prompt is another one.
+    """
     data, index, lengths, labels = object.__new__(TokenData), [], [], []
     for right, wrong in problems:
         first = len(lengths)
@@ -431,6 +434,8 @@ def split(*problems, prompt=0):
     data.path, data.problems, data.is_correct = "here", index, np.array(labels)
     data.response_start = np.full(len(lengths), prompt)
     data.lengths = np.array(lengths) + data.response_start
+    cut = cut or {}
+    data.input_ids = lambda rows: [np.full(data.lengths[row], cut.get(row, 1)) for row in rows]
     data.problem_of = np.array([p for p, entry in enumerate(index) for kind in ("correct", "incorrect") for _ in entry[kind]])
     return data
 
@@ -472,6 +477,13 @@ def test_a_long_prompt_makes_no_lengths_alike():
     assert len(pairs(split(([100], [30, 100]), prompt=5000))) == 1
     with pytest.raises(ValueError, match="of like length"):
         pairs(split(([100], [30]), prompt=5000))
+
+
+def test_programs_under_prompts_that_were_cut_otherwise_make_no_pair():
+    """Else the prompt alone would tell the two apart."""
+    assert pairs(split(([100, 101], [100, 101]), prompt=5, cut={1: 2, 2: 2})).tolist() == [[0, 3], [1, 2]]
+    with pytest.raises(ValueError, match="of like length"):
+        pairs(split(([100], [100]), prompt=5, cut={1: 2}))
 
 
 def test_length_tells_nothing_about_the_label_of_a_pair():

@@ -448,3 +448,9 @@ def test_the_auc_of_logits_is_a_mean_over_problems(rows):
     both = [p for p in np.unique(problem) if label[problem == p].any() and not label[problem == p].all()]
     expected = [wins(score[(problem == p) & label], score[(problem == p) & ~label]) for p in both]
     assert math.isnan(found) if not both else found == pytest.approx(np.mean(expected))
+
+
+def test_shares_of_pairs_are_counted_in_float64_whatever_the_scores_are():
+    n, score = 27, np.zeros(54, np.float32)
+    score[:14] = 1
+    assert pair_accuracy(score, np.arange(54) < n, np.arange(54) % n) == pytest.approx(20.5 / 27, rel=1e-14)

@@ -9,12 +9,10 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from tests.test_model import GROUPED, random_model
-from wmtp.benchmarks import tokens_per_forward
 from wmtp.bundle import NotFinite
 from wmtp.generate import Decoding, Request, _together, batches, choose, generate, gumbel
 from wmtp.protocols import PROTOCOLS, with_sampling
-from wmtp.records import Completion
-from wmtp.sampling import Benchmark, complete, speed_up
+from wmtp.sampling import Benchmark, complete
 from wmtp.world import World
 
 EOS = 2
@@ -355,22 +353,27 @@ def test_what_an_interrupted_sampling_finished_is_not_made_again(writer, tokeniz
     assert again(fail_at=0) == expected and not made
 
 
-def test_tokens_a_forward_count_ends_and_prompts():
-    def one(temperature, n_tokens, ended, n_forwards):
-        return Completion(
-            task_id="a", benchmark="humaneval", temperature=temperature, sample=0, raw="", completion="", truncated=not ended, ended=ended,
-            n_tokens=n_tokens, n_forwards=n_forwards,
-        )  # fmt: skip
-
-    assert tokens_per_forward([one(0.0, 9, True, 5), one(0.8, 6, False, 2), one(0.8, 3, True, 2)]) == {
-        "tokens_per_forward_greedy": 2.0, "tokens_per_forward_sampled": 2.5
-    }  # fmt: skip
-    assert tokens_per_forward([one(0.0, 0, True, 1)]) == {"tokens_per_forward_greedy": 1.0}
+def test_completions_of_other_requests_are_not_taken_for_this_batchs(writer, tokenizer, corpus, tmp_path):
+    complete(writer, tokenizer, asked(corpus), ALONE, seed=1, batch_rows=4, kept=tmp_path)
+    with pytest.raises(ValueError, match=r"humaneval-0-0.jsonl: completions of other requests than this batch's; remove"):
+        complete(writer, tokenizer, asked(corpus), ALONE, seed=1, batch_rows=3, kept=tmp_path)
 
 
-def test_the_speed_up_is_of_the_same_prompts_both_ways(writer, tokenizer, corpus, monkeypatch):
-    seen = []
-    monkeypatch.setattr("wmtp.sampling.generate", lambda model, batch, decoding: seen.append((batch[0].task_id, decoding.n_heads)))
-    assert speed_up(writer, tokenizer, asked(corpus), 2, n_prompts=2) > 0
-    names = [problem.task_id for problem in corpus.benchmarks["humaneval"][:2]]
-    assert seen == [(name, n_heads) for n_heads in (1, 2) for name in (names[0], *names)]
+@pytest.mark.parametrize("batch_rows", [1, 3, 64])
+def test_drafted_completions_are_those_without_drafts_in_float32(writer, tokenizer, corpus, batch_rows):
+    """Stops, cut, ends and a vocabulary with padding rows included; small batches are drafted, large ones are not."""
+    padded = random_model(replace(writer.args, vocab_size=len(tokenizer) + 40), seed=4, dtype=torch.float32).eval()
+    plain = complete(padded, tokenizer, asked(corpus, max_tokens=21), ALONE, seed=1, batch_rows=64)
+    stop = next(one.raw[5:7] for one in plain if one.truncated and "\N{REPLACEMENT CHARACTER}" not in one.raw[5:7])
+    settings = {"max_tokens": 21, "stops": (stop,), "n_samples": 4}
+    expected = complete(padded, tokenizer, asked(corpus, **settings), ALONE, seed=1, batch_rows=64)
+    found = complete(padded, tokenizer, asked(corpus, **settings), ALONE, seed=1, batch_rows=batch_rows, draft_rows=3)
+    assert [one.model_copy(update={"n_forwards": 1}) for one in found] == [one.model_copy(update={"n_forwards": 1}) for one in expected]
+    fewer = sum(one.n_forwards for one in found) < sum(one.n_forwards for one in expected)
+    assert fewer == (batch_rows <= 3) and any(one.completion != one.raw for one in found)
+
+
+@pytest.mark.parametrize("n_heads", [0, 3])
+def test_more_heads_than_the_model_has_are_refused(model, n_heads):
+    with pytest.raises(ValueError, match=rf"n_heads: expected 1\.\.2, the heads that the model has, found {n_heads}"):
+        generate(model, requests(1, 1), Decoding(5, EOS, n_heads=n_heads))

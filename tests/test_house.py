@@ -27,12 +27,12 @@ BOTH = [
 ]
 TRAINING = [
     "align advantage atomic cache world optim noise pickled flops",
-    "weighting bundle",
+    "weighting bundle scratch",
     "model checkpoint convert slicing sources provenance",
     "tokens generate",
     "batches scores sampling",
-    "policy critic preference",
-    "scoring train anchor shared measure",
+    "policy critic preference measure",
+    "scoring train anchor shared",
     "pretrain",
     "examples",
 ]

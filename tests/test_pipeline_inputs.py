@@ -81,11 +81,11 @@ def test_real_files_go_through_every_stage(finished, tmp_path):
 
 def test_the_7b_preset_is_a_pipeline_that_dvc_can_plan(finished):
     # Queued, the flags are read and nothing runs; a dry run of an experiment stops where the first output is not there.
-    queued = typed(finished, "dvc exp run --queue $(python -m wmtp.overlay presets/7b.yaml) compare")
+    queued = typed(finished, "dvc exp run --queue $(python -m wmtp.overlay presets/7b.yaml) write-page")
     assert "Queued experiment" in queued.stdout
     typed(finished, "dvc queue remove --queued")
     typed(finished, "python -m wmtp.overlay presets/7b.yaml --write params.yaml")
-    planned = stages_run(run(finished, "dvc", "repro", "--dry", "compare"))
+    planned = stages_run(run(finished, "dvc", "repro", "--dry", "write-page"))
     restored(finished)
     assert {f"train@{method}" for method in METHODS} <= planned
     assert not {"warm-up", "build-micro-model"} & planned, "the 7B policies start from the base itself"

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests import methods
 from wmtp import shared
-from wmtp.align import align_future
+from wmtp.align import align_future, future_targets
 from wmtp.batches import Batch, share
 from wmtp.blocks import reads_beta
 from wmtp.bundle import ModelArgs
@@ -555,17 +555,29 @@ def test_weights_of_another_type_or_in_a_graph_are_refused(change, message, need
         prepared(models[F], PolicyObjective(Changed("1", None, needs_forward), {}, F), whole_step())
 
 
-@pytest.mark.parametrize("name", ["verifiable", "verifiable_shared", "oracle"])
-@pytest.mark.parametrize("mix", [1.0, 0.5])
-def test_a_weight_outside_its_clips_is_refused(name, mix):
-    """Mean 1 all the same: the projection that made it was another one."""
-    work, spread = objective(name, mix=mix), torch.tensor([0.05, 1.95]).repeat(T // 2)
-    clips = {"weight_clip_min": 0.1, "weight_clip_max": 5.0}
-    assert work._clips == (1 - 0.9 * mix, 1 + 4 * mix)
-    weight_BT = (1 + mix * (spread - 1)).expand(2, T)
-    with pytest.raises(WeightError, match=rf"{T} of {2 * T} weights lie outside their clips"):
-        check_weights(weight_BT, torch.ones(2, T, dtype=torch.bool), work._clips)
-    assert clips.items() <= work.settings.items() and check_weights(weight_BT, torch.ones(2, T, dtype=torch.bool)) is weight_BT
+class Uneven(Method):
+    """A weighting that gives each row's tokens 0.05 and 1.95 in turn, mean 1; a row here has an even number of them."""
+
+    def function(self):
+        def of_tokens(response_BT):
+            odd_BT = response_BT.cumsum(1) % 2 == 1
+            return torch.where(odd_BT, 0.05, 1.95) * response_BT
+
+        if self.needs_forward:
+            return lambda ce_BTF, response_BT, **_: align_future(of_tokens(response_BT), ce_BTF.shape[2], 0.0)
+        return lambda response_BT, **_: of_tokens(response_BT)
+
+
+@pytest.mark.parametrize("needs_forward", [False, True])
+@pytest.mark.parametrize(
+    "low, high, mix, is_refused", [(0.1, 5, 1, 1), (0.01, 1.5, 1, 1), (0.04, 2, 1, 0), (0.1, 5, 0.5, 1), (0.04, 2, 0.5, 0)]
+)
+def test_a_step_with_weights_outside_their_clips_is_refused(needs_forward, low, high, mix, is_refused):
+    step, clips = whole_step(spans=((6, 15), (9, 18), (8, 11))), {"weight_clip_min": low, "weight_clip_max": high}
+    work = PolicyObjective(Uneven("uneven", None, needs_forward), clips, F, mix)
+    if is_refused:
+        return refused(work, step, r"weights lie outside their clips")
+    train_step(small_model(torch.float64), torch.optim.SGD([torch.zeros(1)]), work, step, World(0, 1, torch.device("cpu")), 40, 1.0)
 
 
 class Faulty(Method):
@@ -881,14 +893,19 @@ def test_a_gradient_of_unweighted_losses_changes_no_model(name):
     """Though weights and log are right."""
 
     class Unweighted(PolicyObjective):
-        def weighted(self, batch, ce_BTF, entropy_BTF, valid_BTF):
-            _, sums = super().weighted(batch, ce_BTF, entropy_BTF, valid_BTF)
-            total = (ce_BTF * valid_BTF).sum()
-            return total, sums | {"met": total.detach().double()}
+        def loss(self, model, batch):
+            targets = future_targets(batch.tokens_BT, batch.response_BT, self.n_future)
+            return model(batch.tokens_BT, targets).sum(), super().loss(model, batch)[1]
 
-    model, work = small_model(torch.float64), objective(name)
+    refused(
+        Unweighted(*(getattr(objective(name), key) for key in ("method", "settings", "n_future"))), whole_step(name), "did not reach it"
+    )
+
+
+def refused(work, step, message):
+    """train_step refuses the step with this message and leaves the model as it was."""
+    model, one_rank = small_model(torch.float64), World(0, 1, torch.device("cpu"))
     before = {key: value.clone() for key, value in model.state_dict().items()}
-    work = Unweighted(work.method, work.settings, work.n_future)
-    with pytest.raises(WeightError, match="the weights did not reach it"):
-        train_step(model, torch.optim.SGD(model.parameters(), lr=1.0), work, whole_step(name), World(0, 1, torch.device("cpu")), 40, 1.0)
+    with pytest.raises(WeightError, match=message):
+        train_step(model, torch.optim.SGD(model.parameters(), lr=1.0), work, step, one_rank, 40, 1.0)
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())

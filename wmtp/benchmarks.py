@@ -1,10 +1,8 @@
-"""Benchmarks as sampling and judging both see them: which protocol one runs under, by the parameters, and what its completions cost."""
+"""Which protocol a benchmark runs under, by the parameters; the same for sampling and judging."""
 
-from collections.abc import Sequence
 from typing import Any
 
 from wmtp.protocols import PROTOCOLS, Protocol, with_sampling
-from wmtp.records import Completion
 
 NAMES = ("humaneval", "mbpp")
 
@@ -28,13 +26,3 @@ def protocol_of(name: str, settings: Any, limits: bool = True) -> Protocol:
     if protocol.benchmark not in ("any", name):
         raise BenchmarkError(f"evaluation.{name}_protocol: {chosen!r} is a protocol of {protocol.benchmark}, not of {name}")
     return protocol
-
-
-def tokens_per_forward(completions: Sequence[Completion]) -> dict[str, float]:
-    """Of the greedy completions and of the sampled ones, ends of text and the forwards over prompts included; 1 without drafts."""
-    kinds = {"greedy": [one for one in completions if one.temperature == 0], "sampled": [one for one in completions if one.temperature > 0]}
-    return {
-        f"tokens_per_forward_{kind}": sum(one.n_tokens + one.ended for one in some) / sum(one.n_forwards for one in some)
-        for kind, some in kinds.items()
-        if some
-    }

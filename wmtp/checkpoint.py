@@ -1,16 +1,6 @@
-"""Training state on disk: saved atomically, restored exactly, held by one process group at a time.
+"""Training state on disk: saved atomically, restored exactly; a trained model as a bundle."""
 
-DVC deletes a stage's outputs before it runs, so the state lives in a scratch directory outside DVC, keyed by a fingerprint of all
-that shapes the run. A run that was killed finds it again; a run with other parameters finds another directory.
-"""
-
-import fcntl
-import hashlib
 import json
-import os
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,41 +9,8 @@ from torch import nn
 
 from wmtp import pickled
 from wmtp.bundle import NotFinite, bundle_sha256, tensor_shapes, write_bundle
-from wmtp.dependencies import ROOT
 from wmtp.records import atomic_path
 from wmtp.world import World
-
-
-class ScratchBusy(OSError):
-    """Another process still trains from the same scratch directory."""
-
-
-def fingerprint(declared: dict[str, Any], inputs: dict[str, str], world_size: int) -> str:
-    """Of parameters, inputs, world size and the project's code: an edited program must not go on with another one's state."""
-    sources = sorted(path for folder in ("stages", "wmtp") for path in (ROOT / folder).rglob("*.py"))
-    code = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()
-    shaped_by = {"params": declared, "inputs": inputs, "world": world_size, "torch": torch.__version__, "code": code}
-    text = json.dumps(shaped_by, sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-@contextmanager
-def scratch(stage: str, key: str, world: World) -> Iterator[Path]:
-    """`.work/<stage>-<key>` under the repository; removed when the block ends well. Rank 0 holds a lock in it."""
-    root = Path(os.environ.get("DVC_ROOT", ".")) / ".work"
-    folder = root / f"{stage.replace('@', '-')}-{key}"
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(root / f"{folder.name}.lock", "a") as lock:
-        if world.is_first:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise ScratchBusy(f"{folder}: another process is training here; wait for it or end it, then run again") from None
-        yield folder
-        world.barrier()
-        if world.is_first:
-            shutil.rmtree(folder)
-            Path(lock.name).unlink()
 
 
 def save(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any], world: World) -> None:
@@ -94,8 +51,8 @@ def full_state(model: nn.Module) -> dict[str, torch.Tensor]:
     whole = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
     if broken := [name for name, tensor in whole.items() if not bool(tensor.isfinite().all())]:
         raise NotFinite(
-            f"{broken[0]}, among {len(broken)} of {len(whole)} tensors, holds numbers that are not finite; nothing was written, lower the"
-            " learning rate"
+            f"{broken[0]}, among {len(broken)} of {len(whole)} tensors, holds numbers that are not finite; such a model is not"
+            " saved, lower the learning rate"
         )
     return whole
 

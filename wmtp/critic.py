@@ -111,16 +111,31 @@ def save_critic(
 def pairs(data: TokenData) -> np.ndarray:
     """[n, 2] row numbers: one correct and one incorrect program of the same problem, of like length, each row used at most once.
 
-    So V(prompt) = 1/2 by construction, and neither the problem nor the length is a shortcut.
+    So V(prompt) = 1/2 by construction, and neither the problem nor the length is a shortcut. Nor is the prompt: where a statement was cut
+    to make room for a longer program, the two have different ones and make no pair.
     """
-    # The prompt is the same for both: with it a long statement would let any two lengths pass for alike.
+    # Responses alone: under a long statement a share of the whole row would let any two lengths pass for alike.
     length_R = data.lengths - data.response_start
-    found = [pair for problem in data.problems for pair in _like_length(problem["correct"], problem["incorrect"], length_R)]
+    found = [
+        pair for problem in data.problems for right, wrong in _like_prompts(problem, data) for pair in _like_length(right, wrong, length_R)
+    ]
     if not found:
         raise ValueError(
             f"{data.path}: no problem has both a correct and an incorrect program of like length; the critic cannot learn from it"
         )
     return np.array(found)
+
+
+def _like_prompts(problem: dict[str, Any], data: TokenData) -> list[tuple[list[int], list[int]]]:
+    """A problem's correct and incorrect rows, those of one prompt together."""
+    kinds = [problem["correct"], problem["incorrect"]]
+    if not all(kinds):
+        return []
+    by_prompt: dict[bytes, tuple[list[int], list[int]]] = {}
+    for place, rows in enumerate(kinds):
+        for row, ids in zip(rows, data.input_ids(np.array(rows))):
+            by_prompt.setdefault(np.asarray(ids)[: data.response_start[row]].tobytes(), ([], []))[place].append(row)
+    return list(by_prompt.values())
 
 
 def _like_length(right: list[int], wrong: list[int], lengths: np.ndarray) -> list[tuple[int, int]]:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 # Rooms that never shape an output: an edit of logging must not re-run a training.
-EXEMPT = {"params", "schema", "method_schema", "view", "progress", "tracking", "launch", "overlay", "dependencies"}
+EXEMPT = {"params", "schema", "method_schema", "view", "progress", "tracking", "launch", "overlay", "dependencies", "scratch"}
 # A stage reads one row of it, which its method's files and its signal repeat: a further row must not re-run what is there.
 TABLE = ROOT / "wmtp/weighting/__init__.py"
 

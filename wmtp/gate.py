@@ -94,6 +94,8 @@ def _percentiles(found: Sequence[float], confidence: float) -> tuple[float, floa
 
 def _wins(score: np.ndarray, label: np.ndarray, problem: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """For each problem with rows of both kinds: the share of its pairs that the score orders rightly, and the problem's number."""
+    # Shares of float32 scores would be averaged in float32.
+    score = score.astype(np.float64)
     found = [
         (np.mean(np.sign(score[rows][label[rows]][:, None] - score[rows][~label[rows]][None, :]) / 2 + 0.5), problem[rows[0]])
         for rows in (np.flatnonzero(problem == p) for p in np.unique(problem))

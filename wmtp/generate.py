@@ -3,7 +3,8 @@
 A token is arg max of logits / temperature + Gumbel noise, and the noise is a counter's: keyed by (seed, task, sample, position). So a
 completion does not depend on which others are generated beside it, in which order, or on how many ranks. Drafts take the noise of their
 own position, and one is kept where the next forward's head 0 chooses the same token: the text is that of one token at a time, whatever
-the drafts were, greedy or sampled (Stern et al. 2018, 1811.03115; there greedy alone).
+the drafts were, greedy or sampled (Stern et al. 2018, 1811.03115; there greedy alone). In float32 that holds but for choices that rounding
+decides, in bfloat16 in distribution: a forward of several tokens rounds otherwise than one of a single token.
 """
 
 import hashlib
@@ -113,6 +114,8 @@ def batches(requests: Sequence[Request], batch_rows: int) -> list[list[Request]]
 @torch.inference_mode()
 def generate(model: Transformer, batch: Sequence[Request], decoding: Decoding) -> None:
     """Fills the outputs of these requests, side by side."""
+    if not 1 <= decoding.n_heads <= model.n_future:
+        raise ValueError(f"n_heads: expected 1..{model.n_future}, the heads that the model has, found {decoding.n_heads}")
     device = model.tok_embeddings.weight.device
     hidden, cache, position_B = _prefill(model, batch, decoding)
     rows = _Rows(model, decoding, list(batch), device)

@@ -231,7 +231,9 @@ class Evaluation(Section):
     top_p: Annotated[float, Field(gt=0, le=1)] = Field(description="least set of tokens with this probability is sampled from; 1: all")
     max_tokens: Positive = Field(description="generated tokens a completion")
     batch_rows: Positive = Field(description="sequences generated side by side, per process")
-    speculate: bool = Field(description="extra heads draft tokens that head 0 confirms: the same text, in fewer forwards")
+    draft_rows: Annotated[int, Field(ge=0)] = Field(
+        description="batches of at most this many rows are drafted by the extra heads, which costs more a forward and needs fewer; 0: none"
+    )
     ks: list[Positive] = Field(description="k of pass@k; those above n_samples are left out")
     workers: Positive = Field(description="judging processes")
     cpu_seconds: Annotated[float, Field(gt=0)] = Field(description="CPU time of one test program")

@@ -111,15 +111,14 @@ class PolicyObjective:
             weight_BTF = batch.weight_BTF
             if weight_BTF is None:
                 weight_BTF = self._by_head(align_future(batch.weight_BT, self.n_future, 0.0), valid_BTF)
-            total = (weight_BTF * ce_BTF * valid_BTF).sum()
-            return total, _sums(ce_BTF.detach(), weight_BTF, valid_BTF, batch) | {"met": total.detach().double()}
+            return (weight_BTF * ce_BTF * valid_BTF).sum(), _sums(ce_BTF.detach(), weight_BTF, valid_BTF, batch)
         given_BTF = self._given(batch, ce_BTF.detach(), entropy_BTF)
         mixed_BTF = self._mixed(given_BTF, valid_BTF)
         weight_BTF = self._by_head(mixed_BTF, valid_BTF)
         faults = _faults(weight_BTF, valid_BTF, self._population, _outside(mixed_BTF, valid_BTF, self._clips))
         total = (weight_BTF * ce_BTF * valid_BTF).sum() * torch.where(faults[:5].any(), torch.nan, 1.0)
         sums = _sums(ce_BTF.detach(), weight_BTF, valid_BTF, batch) | self._at_bounds(given_BTF, valid_BTF)
-        return total, sums | {"met": total.detach().double(), "faults": faults}
+        return total, sums | {"faults": faults}
 
     def summary(self, sums: Mapping[str, Tensor]) -> dict[str, float]:
         """Readable numbers from sums over all micro-batches and ranks; those that begin with `max_` are maxima."""
@@ -281,17 +280,17 @@ def check_weights(weight_BT: Tensor, valid_BT: Tensor, clips: tuple[float, float
     return weight_BT
 
 
-def check_reached(w: float, wce: float, met: float, n: float, lagged: bool = False) -> None:
+def check_reached(w: float, told: float, met: float, n: float, lagged: bool = False) -> None:
     """A WeightError unless the weights of a whole step, over all ranks, have mean 1 over its `n` targets and are those in its gradient.
 
-    `w` sums the weights and `wce` their products with the losses, as the log has them; `met` is the loss that was differentiated.
+    `w` sums the weights; `told` is the loss that the log's sums come to, `met` the one that was differentiated.
     Lagged weights have mean 1 only after `scaled`.
     """
     if not lagged and not abs(w / max(n, 1.0) - 1) <= 1e-4:
         raise WeightError(f"the weights that reached the loss have mean {w / max(n, 1.0):.6f} over {n:.0f} targets, expected 1")
-    if not abs(met - wce) <= 1e-4 * wce:
+    if not abs(met - told) <= 1e-4 * told:
         raise WeightError(
-            f"the step's weighted loss is {wce:.6g}, but its gradient is that of a loss of {met:.6g}: the weights did not reach it"
+            f"the step's weighted loss is {told:.6g}, but its gradient is that of a loss of {met:.6g}: the weights did not reach it"
         )
 
 
@@ -343,7 +342,7 @@ def _faults(weight: Tensor, valid: Tensor, population: tuple[int, ...] | None = 
     return torch.stack([part.double() for part in (bad.sum(), beyond.sum(), empty.sum() * judged, off_mean * judged, outside, w, n)])
 
 
-SCALED = ("w", "wce", "met", "w_incorrect", "w_end", "max_w", "max_negative_w")
+SCALED = ("w", "wce", "w_incorrect", "w_end", "max_w", "max_negative_w")
 
 
 def scaled(sums: Mapping[str, Tensor], factor: Tensor) -> dict[str, Tensor]:

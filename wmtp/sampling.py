@@ -1,11 +1,9 @@
 """Problems to completions: requests by protocol, this rank's share, texts cut and collected (greedy and sampled, one file)."""
 
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from wmtp.benchmarks import tokens_per_forward
 from wmtp.generate import Decoding, Request, batches, generate
 from wmtp.model import Transformer
 from wmtp.progress import Bar
@@ -42,39 +40,48 @@ def complete(
     *,
     seed: int,
     batch_rows: int,
-    n_heads: int = 1,
+    draft_rows: int = 0,
     kept: Path | None = None,
 ) -> list[Completion] | None:
     """All completions of a benchmark in (problem, temperature, sample) order on rank 0; None elsewhere.
 
-    `n_heads` of the model's heads draft (1: none), which changes no text. In the folder `kept` every batch that is finished is a file, and
-    one that is found there is not made again: the same ranks and batch size make the same batches.
+    Batches of at most `draft_rows` rows are drafted by all heads of the model: the same texts in fewer forwards (wmtp.generate). In the
+    folder `kept` every batch that is finished is a file, and one that is found there is not made again.
     """
     protocol, prompts = benchmark.protocol, benchmark.prompts(tokenizer, benchmark.problems[world.rank :: world.size])
 
     def text_of(request: Request) -> str:
         return tokenizer.decode_response(prompts[request.task_id], request.output)
 
-    decoding = Decoding(
+    plain = Decoding(
         protocol.max_tokens, tokenizer.eos, protocol.top_p, seed, len(tokenizer),
-        (lambda request: protocol.cut(text_of(request))[1]) if protocol.stops else None, n_heads,
+        (lambda request: protocol.cut(text_of(request))[1]) if protocol.stops else None,
     )  # fmt: skip
     requests, done = benchmark.requests(prompts), []
     with Bar(f"sample {benchmark.name}", len(requests) * world.size, unit="completions") as bar:
         for number, batch in enumerate(batches(requests, batch_rows)):
             file = kept / f"{benchmark.name}-{world.rank}-{number}.jsonl" if kept else None
-            if file is None or not file.exists():
-                generate(model, batch, decoding)
+            made = _found(file, batch)
+            if made is None:
+                generate(model, batch, replace(plain, n_heads=model.n_future if len(batch) <= draft_rows else 1))
                 made = [_completion(benchmark, request, text_of(request)) for request in batch]
                 if file:
                     write_jsonl(file, made)
-            else:
-                made = list(read_jsonl(file, Completion))
             done += made
             bar.advance(len(batch) * world.size)
     parts = world.gather(done)
     place = {problem.task_id: i for i, problem in enumerate(benchmark.problems)}
     return parts and sorted((one for part in parts for one in part), key=lambda one: (place[one.task_id], one.temperature, one.sample))
+
+
+def _found(file: Path | None, batch: Sequence[Request]) -> list[Completion] | None:
+    """The batch as an interrupted run left it; None where it did not come so far."""
+    if file is None or not file.exists():
+        return None
+    made = list(read_jsonl(file, Completion))
+    if [(one.task_id, one.temperature, one.sample) for one in made] != [(one.task_id, one.temperature, one.sample) for one in batch]:
+        raise ValueError(f"{file}: completions of other requests than this batch's; remove {file.parent} and run again")
+    return made
 
 
 def _completion(benchmark: Benchmark, request: Request, text: str) -> Completion:
@@ -83,21 +90,3 @@ def _completion(benchmark: Benchmark, request: Request, text: str) -> Completion
         task_id=request.task_id, benchmark=benchmark.name, temperature=request.temperature, sample=request.sample, raw=text, completion=cut,
         truncated=not (request.ended or stopped), ended=request.ended, n_tokens=len(request.output), n_forwards=request.n_forwards,
     )  # fmt: skip
-
-
-def summary(completions: Sequence[Completion]) -> dict[str, float]:
-    counts = {"completions": len(completions), "truncated": sum(one.truncated for one in completions)}
-    return counts | tokens_per_forward(completions)
-
-
-def speed_up(model: Transformer, tokenizer: Tokenizer, benchmark: Benchmark, n_heads: int, n_prompts: int = 8) -> float:
-    """How many times as fast greedy completions, one after the other, come with drafts as without. Seconds are of this machine, now."""
-    prompts = benchmark.prompts(tokenizer, benchmark.problems[:n_prompts])
-    plain, seconds = Decoding(benchmark.protocol.max_tokens, tokenizer.eos, n_tokens=len(tokenizer)), []
-    for decoding in (plain, replace(plain, n_heads=n_heads)):
-        for warm in (True, False):
-            start = time.perf_counter()
-            for task_id, prompt in list(prompts.items())[: 1 if warm else None]:
-                generate(model, [Request(task_id, 0, prompt, 0.0)], decoding)
-        seconds.append(time.perf_counter() - start)
-    return seconds[0] / seconds[1]

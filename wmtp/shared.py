@@ -89,7 +89,8 @@ class SharedObjective:
         total, sums = self.policy.weighted(part, ce_BTF * valid_BTF, None, valid_BTF)
         value_sums |= _steps(torch.sigmoid(logit_BT.detach()), batch.response_BT)
         value = (batch.value_rate_B.to(value_loss_B.dtype) * value_loss_B).sum()
-        return total + value, sums | {f"value_{name}": part for name, part in value_sums.items()}
+        beside = {"beside": value.detach().double()}
+        return total + value, sums | beside | {f"value_{name}": part for name, part in value_sums.items()}
 
     def summary(self, sums: Mapping[str, Tensor]) -> dict[str, float]:
         """The policy's numbers, of the targets that train it, and of all rows the value's mean loss and Brier score, and the standard

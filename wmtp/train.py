@@ -16,9 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from wmtp import checkpoint, flops, provenance
-from wmtp.align import IGNORE, future_targets
-from wmtp.batches import Batch, collate, in_order, n_steps, share, step_rows
+from wmtp import checkpoint, flops, measure, provenance
+from wmtp.batches import Batch, collate, n_steps, share, step_rows
 from wmtp.bundle import NotFinite, bundle_sha256
 from wmtp.model import Transformer, load_bundle
 from wmtp.optim import build_optimizer, learning_rate
@@ -26,6 +25,7 @@ from wmtp.policy import PolicyObjective, check_faults, check_reached, check_sele
 from wmtp.progress import Bar
 from wmtp.records import write_text
 from wmtp.scores import problems_of
+from wmtp.scratch import fingerprint, held
 from wmtp.tokens import TokenData, check_same_tokenizer
 from wmtp.weighting import METHODS
 from wmtp.world import World
@@ -92,19 +92,20 @@ def train_step(
     if policy is not None and policy.scored_first:
         with torch.autocast(world.device.type, torch.bfloat16, enabled=mixed):
             batches = policy.weigh_step(model, step, [batch.to(world.device) for batch in batches], world)
-    sums = _backward(model, objective, batches, world, count, mixed)
-    # On the device until the gradient's norm is waited for.
-    reached = world.sum(torch.stack([sums["w"].sum(), sums["wce"].sum(), sums["met"]])) if "met" in sums else None
+    sums, met = _backward(model, objective, batches, world, count, mixed)
+    reached = _reached(sums, met, world)
     factor = count / reached[0] if policy is not None and policy.lag is not None else None
     if factor is not None:
         sums = scaled(sums, factor)
         _multiply_gradients(model, factor)
     norm = nn.utils.clip_grad_norm_(model.parameters(), clip_norm)
     norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
-    if not math.isfinite(norm.item()):
-        raise _told(norm, sums, reached[0] if factor is not None else None, count)
-    if reached is not None:
-        check_reached(*reached.tolist(), count, lagged=factor is not None)
+    # The one look at the device of a step.
+    found, *weighed = torch.cat([norm.double().reshape(1), reached]).tolist()
+    if not math.isfinite(found):
+        raise _told(found, sums, weighed[0] if factor is not None else None, count)
+    if weighed:
+        check_reached(*weighed, count, lagged=factor is not None)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     if policy is not None:
@@ -112,26 +113,38 @@ def train_step(
     return sums, norm
 
 
-def _told(norm: Tensor, sums: dict[str, Tensor], lagged: Tensor | None, count: float) -> NotFinite:
+def _told(norm: float, sums: dict[str, Tensor], lagged: float | None, count: float) -> NotFinite:
     """Why the gradient is no number, where its weights say it (a WeightError); `lagged` is their sum before it was made N."""
     if "faults" in sums:
         check_faults(sums["faults"])
     if lagged is not None:
-        check_selected(float(lagged), count)
-    return NotFinite(f"gradient norm is {norm.item()}")
+        check_selected(lagged, count)
+    return NotFinite(f"gradient norm is {norm}")
 
 
-def _backward(model: nn.Module, objective: Objective, batches: list[Batch], world: World, count: float, mixed: bool) -> dict[str, Tensor]:
-    """The gradient of this rank's losses over `count`; returns their sums for the log."""
+def _reached(sums: dict[str, Tensor], met: Tensor, world: World) -> Tensor:
+    """Of a step over all ranks, float64 and on the device: the sum of the weights, the loss that weights and losses in the log come to,
+    and the loss that was differentiated. Empty for an objective without weights.
+    """
+    if "wce" not in sums:
+        return met.new_zeros(0)
+    return world.sum(torch.stack([sums["w"].sum(), sums["wce"].sum() + sums.get("beside", torch.zeros_like(met)), met]))
+
+
+def _backward(
+    model: nn.Module, objective: Objective, batches: list[Batch], world: World, count: float, mixed: bool
+) -> tuple[dict[str, Tensor], Tensor]:
+    """The gradient of this rank's losses over `count`; returns their sums for the log, and the sum of the losses themselves."""
     # DDP and FSDP average gradients over ranks; this turns the average back into the sum.
-    scale, sums = world.size / count, {}
+    scale, sums, met = world.size / count, {}, torch.zeros((), dtype=torch.float64, device=world.device)
     for number, batch in enumerate(batches):
         with _last_one_synchronises(model, number == len(batches) - 1):
             with torch.autocast(world.device.type, torch.bfloat16, enabled=mixed):
                 loss, parts = objective.loss(model, batch.to(world.device))
             (loss * scale).backward()
+        met += loss.detach()
         sums = {name: _merged(name, sums[name], part) if sums else part for name, part in parts.items()}
-    return sums
+    return sums, met
 
 
 def _multiply_gradients(model: nn.Module, factor: Tensor) -> None:
@@ -170,7 +183,7 @@ def fit(
 ) -> list[dict[str, float]]:
     """Trains `model` in place for plan.n_steps; returns the logged records, equal to the byte whether or not it was interrupted.
 
-    `settings` is the optimizer section. With a `scratch` directory the state is saved every plan.checkpoint_every steps and found again.
+    `settings` is the optimizer section. With a `scratch` folder the state is saved every plan.checkpoint_every steps and found again.
     """
     model.train()
     wrapped = world.wrap(model, parallel)
@@ -226,8 +239,7 @@ def fitted(
 
     The block saves the model; the state is kept until it has ended well, so that a full disk costs no training.
     """
-    key = checkpoint.fingerprint(params.shaping(), dict(inputs), world.size)
-    with checkpoint.scratch(stage, key, world) as folder:
+    with held(stage, fingerprint(params.shaping(), inputs, world), world) as folder:
         yield fit(
             model, objective, plan, params.optimizer, world, parallel=params.run.parallel, mixed=params.run.dtype == "bfloat16",
             scratch=folder, label=stage, on_log=on_log if world.is_first else None,
@@ -288,7 +300,7 @@ def account(model: nn.Module, objective: Objective, plan: Plan, last: Mapping[st
         "parameters": sum(parameter.numel() for parameter in policy.parameters()),
     }
     figures |= {"train_flops": spent, "signal_flops": signal_flops, "total_flops": spent + signal_flops}
-    return figures | {f"last_{key}": last[key] for key in ("loss", "ce")}
+    return figures | {f"last_{key}": last[key] for key in ("loss", "ce", "value_brier", "value_delta_std") if key in last}
 
 
 def _extents(data: TokenData, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -304,19 +316,10 @@ def _scored_first(objective: Objective, plan: Plan) -> np.ndarray:
     return first_step if getattr(objective, "lag", None) else first_step[:0]
 
 
-@torch.no_grad()
 def validation(model: Transformer, data: TokenData, world: World, token_budget: int) -> dict[str, float]:
     """Mean cross-entropy in nats per head over the correct programs of `data`, tokens weighed alike."""
-    sums = torch.zeros(2, model.n_future, dtype=torch.float64, device=world.device)
-    for batch in in_order(data, data.correct_rows(), world.rank, world.size, token_budget):
-        batch = batch.to(world.device)
-        targets_BTF = future_targets(batch.tokens_BT, batch.response_BT, model.n_future)
-        sums[0] += model(batch.tokens_BT, targets_BTF, first=max(0, batch.shortest_prompt - model.n_future)).double().sum((0, 1))
-        sums[1] += (targets_BTF != IGNORE).sum((0, 1))
-    ce_F = (lambda total: total[0] / total[1])(world.sum(sums))
-    if not bool(ce_F.isfinite().all()):
-        raise NotFinite(f"{data.path}: the trained model's loss by head is {ce_F.tolist()}; lower the learning rate")
-    return {f"validation_ce_head{h}": float(ce) for h, ce in enumerate(ce_F)}
+    found = measure.measure(model, data, world, token_budget).whole()
+    return {f"validation_ce_{head}": figures["ce"] for head, figures in found.items()}
 
 
 def write_log(path: Path, records: list[dict[str, float]]) -> None:

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from wmtp.benchmarks import BenchmarkError, tokens_per_forward
+from wmtp.benchmarks import BenchmarkError
 from wmtp.judge import Limits, judge, tier
 from wmtp.passk import estimate
 from wmtp.progress import Bar
@@ -40,5 +40,4 @@ def metrics_of(verdicts: Sequence[Verdict], completions: Sequence[Completion], p
     alone = estimate(greedy, [1])
     figures |= {"greedy": alone["pass@1"], "greedy_stderr": alone["pass@1_stderr"]}
     figures |= {"truncated": sum(one.truncated for one in completions), "timeouts": sum(one.verdict == "timeout" for one in verdicts)}
-    figures |= tokens_per_forward(completions)
     return figures | {"protocol": protocol.name, "protocol_sha256": protocol.sha256[:16], "isolation": tier()}

@@ -66,12 +66,19 @@ class View:
         return getattr(self, name)
 
     def shaping(self) -> dict[str, Any]:
-        """`declared` without what changes no result."""
-        return {key: value for key, value in self.declared().items() if key not in OPERATIONAL}
+        """`declared` without what changes no result, inside a section that is declared whole too."""
+        return {key: _without(key, value) for key, value in self.declared().items() if key not in OPERATIONAL}
 
     def declared(self) -> dict[str, Any]:
         """Every declared value by its dotted key, JSON-ready: what a fingerprint or a tracker needs."""
         return {key: _plain(_resolve(self._values, key)) for key in sorted(set(self._declared))}
+
+
+def _without(path: str, value: Any) -> Any:
+    if not isinstance(value, dict):
+        return value
+    inside = {key: f"{path}.{key}" for key in value}
+    return {key: _without(inside[key], part) for key, part in value.items() if inside[key] not in OPERATIONAL}
 
 
 def _resolve(values: Any, key: str) -> Any:
