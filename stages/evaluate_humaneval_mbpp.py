@@ -6,7 +6,7 @@ from typing import Any
 
 from stages import run
 from wmtp import benchmarks, judge, verdicts
-from wmtp.records import Completion, Problem, read_jsonl, write_jsonl, write_text
+from wmtp.records import Completion, Problem, read_jsonl, sha256_file, write_jsonl, write_text
 
 
 def work(params: Any, track: Any, completions: str, folder: str, out: str, metrics: str) -> dict[str, Any]:
@@ -16,11 +16,12 @@ def work(params: Any, track: Any, completions: str, folder: str, out: str, metri
     limits = judge.Limits(settings.cpu_seconds, settings.wall_seconds, settings.memory_mb)
     found, figures, judged = list(read_jsonl(completions, Completion)), {}, []
     for name in benchmarks.NAMES:
-        problems = list(read_jsonl(Path(folder) / f"{name}.jsonl", Problem))[: settings.max_problems]
+        file = Path(folder) / f"{name}.jsonl"
+        problems = list(read_jsonl(file, Problem))[: settings.max_problems]
         own = [completion for completion in found if completion.benchmark == name]
         protocol = benchmarks.protocol_of(name, settings)
         own_verdicts = verdicts.verdicts_of(own, {problem.task_id: problem for problem in problems}, protocol, limits, settings.workers)
-        figures[name] = verdicts.metrics_of(own_verdicts, own, protocol, settings.ks)
+        figures[name] = verdicts.metrics_of(own_verdicts, own, protocol, sha256_file(file), settings.ks)
         judged += own_verdicts
     write_jsonl(out, judged)
     write_text(metrics, json.dumps(figures, indent=2) + "\n")

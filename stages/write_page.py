@@ -28,8 +28,9 @@ def work(params: Any, track: Any, metrics: str, data: str, out: str, *names: str
     problems = {(name, one.task_id): one for name in NAMES for one in read_jsonl(held / f"processed/benchmarks/{name}.jsonl", Problem)}
     written = {name: greedy_answers(*_texts(held, name)) for name in names}
     apart = [one for name in examples for one in disagreements(name, AGAINST, written, problems, SHOWN)]
+    isolation = " and ".join(sorted({str(one.get("isolation")) for result in results for one in result.evaluation.values()}))
     sections = page.sections(
-        figures, differences, critic, params.report.bootstrap, examples, apart,
+        figures, differences, critic, isolation, params.report.bootstrap, examples, apart,
         {
             "pass_at_k": figures_of / "report" / "pass_at_k.png", "training": figures_of / "report" / "training.png",
             "critic": figures_of / "critic" / "critic.png", "heads": folder / "heads.png", "weights": folder / "weights.png",

@@ -24,9 +24,12 @@ from wmtp.tracking import stage_run
 SHARES = st.lists(st.integers(0, 10), min_size=2, max_size=30)
 
 
-def result(name, scores, measure="pass@1", benchmark="humaneval", protocol="aa"):
+CONDITIONS = {"protocol_sha256": "aa", "problems_sha256": "bb", "judge_sha256": "cc"}
+
+
+def result(name, scores, measure="pass@1", benchmark="humaneval", **conditions):
     named = {f"p{place}": score for place, score in enumerate(scores)} if isinstance(scores, list) else scores
-    return Result(name, {benchmark: {"protocol_sha256": protocol}}, {(benchmark, measure): named}, {}, {})
+    return Result(name, {benchmark: CONDITIONS | conditions}, {(benchmark, measure): named}, {}, {})
 
 
 # The statistics of one contrast.
@@ -194,7 +197,9 @@ def test_without_the_method_to_compare_with():
 @pytest.mark.parametrize(
     "other, message",
     [
-        (result("rho1", [0.1, 0.2], protocol="bb"), "rho1 cannot be compared with baseline on humaneval: protocol_sha256 bb, expected aa"),
+        (result("rho1", [0.1, 0.2], protocol_sha256="x"), "cannot be compared with baseline on humaneval: protocol_sha256 x, expected aa"),
+        (result("rho1", [0.1, 0.2], problems_sha256="x"), "problems_sha256 x, expected bb; evaluate both on the same problems"),
+        (result("rho1", [0.1, 0.2], judge_sha256="x"), "judge_sha256 x, expected cc; evaluate both by the same judge"),
         (result("rho1", [0.1, 0.2], benchmark="mbpp"), "rho1 cannot be compared with baseline: benchmarks mbpp, expected humaneval"),
         (result("rho1", [0.1]), "rho1 has no pass@1 verdict for 1 problems of baseline, p1 first"),
         (result("rho1", [0.1, 0.2, 0.3, 0.4]), "baseline has no pass@1 verdict for 2 problems of rho1, p2 first"),
@@ -244,7 +249,7 @@ def write_result(root, name, seed, trained=True, n_problems=12):
         own = [verdict for verdict in verdicts if verdict.benchmark == benchmark]
         greedy = estimate([verdict for verdict in own if verdict.temperature == 0], [1])
         evaluation[benchmark] = estimate([verdict for verdict in own if verdict.temperature > 0], [1, 4])
-        evaluation[benchmark] |= {"greedy": greedy["pass@1"], "greedy_stderr": greedy["pass@1_stderr"], "protocol_sha256": "aa"}
+        evaluation[benchmark] |= {"greedy": greedy["pass@1"], "greedy_stderr": greedy["pass@1_stderr"], **CONDITIONS}
     folder = root / "metrics" / name
     folder.mkdir(parents=True)
     (folder / "eval.json").write_text(json.dumps(evaluation))
@@ -396,7 +401,7 @@ def test_selected_holds_the_numbers_of_the_reported_method(root):
     evaluation = json.loads((root / "metrics" / view.load(HOUSE).report.method / "eval.json").read_text())
     assert chosen["training"] == TRAINING
     for benchmark, figures in evaluation.items():
-        assert chosen[benchmark] == {key: value for key, value in figures.items() if key != "protocol_sha256"}
+        assert chosen[benchmark] == {key: value for key, value in figures.items() if key not in CONDITIONS}
 
 
 @pytest.mark.slow

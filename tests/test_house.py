@@ -40,9 +40,9 @@ JUDGING = [
     "grammar codec confine checkers disagreements",
     "layouts cases passk agreement namespaces seccomp landlock runtime pages",
     "problems synthetic zygote compare report",
-    "raw_data sandbox study study_report critic_report page",
-    "session hub_data",
-    "referee",
+    "raw_data sandbox study critic_report page",
+    "session hub_data study_report",
+    "referee experiments",
     "judge",
     "verdicts",
 ]

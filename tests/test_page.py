@@ -49,7 +49,7 @@ def document(tmp_path_factory):
         {("mbpp", str(i)): problem(i) for i in range(2)}, 2,
     )  # fmt: skip
     examples = {"verifiable": [example("1_a"), example("1_b", place=None)], "rho1": [example("1_a", kind="reference")]}
-    return page.document("The <comparison>", page.sections(FIGURES, DIFFERENCES, CRITIC, 10_000, examples, apart, pictures))
+    return page.document("The <comparison>", page.sections(FIGURES, DIFFERENCES, CRITIC, "landlock", 10_000, examples, apart, pictures))
 
 
 WEIGHTS = {"weight_ess": [0.5] * 4, "weight_selected_head0": [0.6] * 4, "weight_selected_head1": [1.0] * 4}
@@ -97,7 +97,7 @@ def test_texts_that_look_like_markup_are_shown_as_text(document, seen):
 
 
 def test_every_method_every_difference_and_the_gate_stand_there(seen):
-    for text in (*FIGURES, "AUC on held-out programs", "Holm p", "isolation"):
+    for text in (*FIGURES, "AUC on held-out programs", "Holm p", "isolation landlock"):
         assert text in seen.text
 
 

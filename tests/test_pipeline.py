@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.pipeline import EACH, METHODS, after, cloned, environment, restored, run, stages_run
+from tests.pipeline import EACH, METHODS, after, cloned, environment, restored, run, stages_run, typed
 
 pytestmark = pytest.mark.slow
 
@@ -95,7 +95,7 @@ def test_plots_are_defined_on_columns_that_exist(finished):
 
 
 def test_two_seeds_through_the_queue(finished):
-    run(finished, "dvc", "exp", "run", "--queue", "-S", "training.seed=2,3", "evaluate-humaneval-mbpp@verifiable")
+    run(finished, "dvc", "exp", "run", "--queue", "-S", "training.seed=2,3")
     run(finished, "dvc", "queue", "start", "-j", "1")
     deadline = time.monotonic() + 600
     while "Running" in (status := run(finished, "dvc", "queue", "status").stdout) or "Queued" in status:
@@ -104,6 +104,11 @@ def test_two_seeds_through_the_queue(finished):
     assert status.count("Success") == 2, status
     rows = csv.DictReader(run(finished, "dvc", "exp", "show", "--csv").stdout.splitlines())
     assert {"2", "3"} <= {row["training.seed"] for row in rows if row["Experiment"]}
+    before = run(finished, "git", "status", "--porcelain").stdout
+    page = typed(finished, "python -m wmtp.experiments").stdout
+    assert "mean of 3 training seeds" in page and "verifiable - baseline" in page
+    assert page.strip() == (finished / "seeds/table.md").read_text().strip()
+    assert run(finished, "git", "status", "--porcelain").stdout == before, "nothing in the working tree has changed"
 
 
 def test_side_by_side_ends_where_one_after_the_other_does(finished, tmp_path):

@@ -32,7 +32,13 @@ def result(scores: list[float], protocol: str = "aa", ce: float = 0.5) -> Result
         "steps": 5,
         "tokens": 900,
     }
-    return Result("x", {"humaneval": {"protocol_sha256": protocol}}, {("humaneval", "pass@1"): named}, training, {})
+    return Result(
+        "x",
+        {"humaneval": {"protocol_sha256": protocol, "problems_sha256": "bb", "judge_sha256": "cc"}},
+        {("humaneval", "pass@1"): named},
+        training,
+        {},
+    )
 
 
 def drawn(arms=ARMS, n_seeds=6, n_problems=12, seed=0) -> dict[str, list[Result]]:

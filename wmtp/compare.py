@@ -22,7 +22,8 @@ MEASURES = ("pass@1", "greedy")
 ALPHA, POWER = 0.05, 0.8
 SEED = 0  # of the resampling; fixed, so that equal verdicts give equal intervals
 BLOCK = 1000  # resamples drawn at a time, to bound memory
-EVALUATION_KEYS = ("greedy", "greedy_stderr", "n_problems", "protocol_sha256")
+SHARED_KEYS = {"protocol_sha256": "under one protocol", "problems_sha256": "on the same problems", "judge_sha256": "by the same judge"}
+EVALUATION_KEYS = ("greedy", "greedy_stderr", "n_problems", *SHARED_KEYS)
 TRAINING_KEYS = ("validation_ce_head0", "tokens", "steps", "parameters", "train_flops", "signal_flops", "total_flops")
 BUDGET = ("steps", "tokens")
 LOG_KEYS = ("step", "loss", "ce_head0")
@@ -162,7 +163,7 @@ def _by_measure(verdicts: Iterable[Verdict]) -> dict[str, list[Verdict]]:
 
 
 def check_comparable(results: Sequence[Result]) -> None:
-    """Same benchmarks, protocols, measures and problems everywhere, or a CompareError that names the first disagreement."""
+    """Same benchmarks, protocols, judges, measures and problems everywhere, or a CompareError that names the first disagreement."""
     first = results[0]
     for other in results[1:]:
         pair = f"{other.name} cannot be compared with {first.name}"
@@ -171,9 +172,10 @@ def check_comparable(results: Sequence[Result]) -> None:
                 f"{pair}: benchmarks {', '.join(other.evaluation)}, expected {', '.join(first.evaluation)}; evaluate both again"
             )
         for benchmark in first.evaluation:
-            mine, theirs = (result.evaluation[benchmark]["protocol_sha256"] for result in (first, other))
-            if mine != theirs:
-                raise CompareError(f"{pair} on {benchmark}: protocol_sha256 {theirs}, expected {mine}; evaluate both under one protocol")
+            for key, words in SHARED_KEYS.items():
+                mine, theirs = (result.evaluation[benchmark][key] for result in (first, other))
+                if mine != theirs:
+                    raise CompareError(f"{pair} on {benchmark}: {key} {theirs}, expected {mine}; evaluate both {words}")
         for benchmark, measure in sorted(first.scores.keys() | other.scores.keys()):
             mine, theirs = (result.scores.get((benchmark, measure), {}).keys() for result in (first, other))
             for has, lacks, absent in ((first, other, mine - theirs), (other, first, theirs - mine)):

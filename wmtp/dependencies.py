@@ -1,6 +1,7 @@
 """The project's own files behind a module, read from its source: all that can shape what a stage writes."""
 
 import ast
+import hashlib
 import re
 from functools import cache
 from pathlib import Path
@@ -49,6 +50,11 @@ def closure(file: Path) -> set[Path]:
         seen.add(current)
         waiting += imports(current)
     return seen - {TABLE}
+
+
+def code_sha256(file: Path) -> str:
+    """Of a module and all that it imports of this project."""
+    return hashlib.sha256(b"".join(path.read_bytes() for path in source_files(file).values())).hexdigest()
 
 
 def source_files(file: Path) -> dict[str, Path]:

@@ -173,15 +173,15 @@ def sections(
     figures: report.Figures,
     differences: Sequence[Mapping[str, Any]],
     critic: Mapping[str, Any],
+    isolation: str,
     resamples: int,
     examples: Mapping[str, Sequence[Mapping[str, Any]]],
     apart: Sequence[Disagreement],
     pictures: Mapping[str, Path],
 ) -> list[Section]:
-    """All of the page, in order. `examples` by method (wmtp.examples), `pictures` by subject."""
+    """All of the page, in order. `isolation` is the judge's; `examples` by method (wmtp.examples), `pictures` by subject."""
     header, rows, n_left = report.differences_grid(differences)
     main = [row for row, one in zip(rows, differences) if one["measure"] == "pass@1" and one["against"] == differences[0]["against"]]
-    isolation = next(iter(figures.values()))[differences[0]["benchmark"]].get("isolation", "unknown")
     return [
         ("Methods", table(*report.scores_grid(figures)) + paragraph(report.scores_note(figures), soft=True)
          + picture(pictures["pass_at_k"], "pass@1 by method with 95 % intervals")

@@ -1,12 +1,40 @@
 """What a reader of a study sees: arms and contrasts as tables, one picture of differences with every seed in it, from plain rows."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from wmtp import study
+from wmtp.compare import Result
 from wmtp.pages import GREY, colour, grid, p_value, panels, paragraph, points, title
+from wmtp.records import write_rows, write_text
 
 ALPHA = 0.05
+
+
+def write(
+    found: Mapping[str, Sequence[Result]],
+    against: study.Controls,
+    resamples: int,
+    starts: Mapping[str, Mapping[str, Mapping[str, float]]],
+    folder: Path,
+) -> tuple[str, list[study.Contrast]]:
+    """FOLDER/arms.csv, contrasts.csv, table.md and differences.png; returns the page and the contrasts."""
+    contrasts = study.contrasts(found, against, resamples)
+    arms, rows = study.arm_rows(found), [asdict(one) for one in contrasts]
+    benchmarks = list(dict.fromkeys(one.benchmark for one in contrasts))
+    by_seed = {
+        (one.arm, one.against, one.benchmark): study.scores(found[one.arm], one.benchmark).mean(1)
+        - study.scores(found[one.against], one.benchmark).mean(1)
+        for one in contrasts
+    }
+    text = page(arms, rows, benchmarks, resamples, starts)
+    write_rows(folder / "arms.csv", arms)
+    write_rows(folder / "contrasts.csv", rows)
+    write_text(folder / "table.md", text)
+    draw(rows, by_seed, folder / "differences.png")
+    return text, contrasts
 
 
 def page(

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from wmtp.benchmarks import BenchmarkError
+from wmtp.dependencies import ROOT, code_sha256
 from wmtp.judge import Limits, judge, tier
 from wmtp.passk import estimate
 from wmtp.progress import Bar
@@ -32,12 +33,22 @@ def verdicts_of(
     ]  # fmt: skip
 
 
-def metrics_of(verdicts: Sequence[Verdict], completions: Sequence[Completion], protocol: Protocol, ks: Sequence[int]) -> dict[str, Any]:
-    """pass@k of the sampled completions and `greedy` of the greedy ones, each with its standard error; counts; what was run under what."""
+def metrics_of(
+    verdicts: Sequence[Verdict], completions: Sequence[Completion], protocol: Protocol, problems_sha256: str, ks: Sequence[int]
+) -> dict[str, Any]:
+    """pass@k of the sampled completions and `greedy` of the greedy ones, each with its standard error; counts; and what results must
+    share to be compared: the hashes of protocol, problems and judge.
+    """
     sampled = [verdict for verdict in verdicts if verdict.temperature > 0]
     greedy = [verdict for verdict in verdicts if verdict.temperature == 0]
     figures: dict[str, Any] = estimate(sampled, ks) if sampled else {"n_problems": len(greedy), "n_samples": 0}
     alone = estimate(greedy, [1])
     figures |= {"greedy": alone["pass@1"], "greedy_stderr": alone["pass@1_stderr"]}
     figures |= {"truncated": sum(one.truncated for one in completions), "timeouts": sum(one.verdict == "timeout" for one in verdicts)}
-    return figures | {"protocol": protocol.name, "protocol_sha256": protocol.sha256[:16], "isolation": tier()}
+    shared = {"protocol_sha256": protocol.sha256[:16], "problems_sha256": problems_sha256[:16], "judge_sha256": judge_sha256()[:16]}
+    return figures | {"protocol": protocol.name, **shared, "isolation": tier()}
+
+
+def judge_sha256() -> str:
+    """Of the code that a verdict comes from."""
+    return code_sha256(ROOT / "wmtp/judge/__init__.py")

@@ -1,0 +1,94 @@
+"""Which revisions make seeds of one experiment, and what is refused."""
+
+import subprocess
+
+import pytest
+import yaml
+
+from tests.pipeline import run
+from wmtp import experiments
+from wmtp.dependencies import ROOT
+from wmtp.experiments import ExperimentError, by_seed, check_trained_with, trained
+
+
+@pytest.fixture
+def repository(tmp_path, monkeypatch):
+    """Commits of params.yaml by name, each with the changes asked for."""
+    run(tmp_path, "git", "init", "-q", "-b", "main")
+    text = (ROOT / "params.yaml").read_text()
+
+    def commit(name, *changes, files=()):
+        edited = text
+        for old, new in changes:
+            assert edited.count(old) >= 1
+            edited = edited.replace(old, new, 1)
+        (tmp_path / "params.yaml").write_text(edited)
+        for file in files:
+            (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / file).write_text("{}")
+        run(tmp_path, "git", "add", "-A")
+        run(tmp_path, "git", "commit", "-qm", name, "--allow-empty")
+        run(tmp_path, "git", "tag", name)
+
+    monkeypatch.chdir(tmp_path)
+    return commit
+
+
+SEED = "seed: 1 "
+
+
+def test_revisions_that_differ_in_their_seed_alone_are_seeds_of_one_experiment(repository):
+    repository("one")
+    repository("five", (SEED, "seed: 5 "))
+    assert by_seed(["one", "five"]) == {1: "one", 5: "five"}
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ([(SEED, "seed: 5 "), ("beta: 0.9 ", "beta: 0.5 ")], "other: training.beta is another than in one; only training.seed may differ"),
+        ([(SEED, "seed: 5 "), ("keep_fraction: 0.6", "keep_fraction: 0.5")], "other: methods.rho1.keep_fraction is another than in one"),
+        ([], r"other: training.seed 1 again, as in one"),
+    ],
+)
+def test_other_revisions_are_refused(repository, changes, message):
+    repository("one")
+    repository("other", *changes)
+    with pytest.raises(ExperimentError, match=message):
+        by_seed(["one", "other"])
+
+
+def test_one_seed_is_none_to_speak_of(repository):
+    repository("one")
+    with pytest.raises(ExperimentError, match="one training seed, expected two at least; make more with `dvc exp run --queue"):
+        by_seed(["one"])
+
+
+def test_a_revision_that_is_not_there_is_one_line(repository, monkeypatch, capsys):
+    repository("one")
+    monkeypatch.setattr("sys.argv", ["experiments", "one", "nowhere"])
+    with pytest.raises(SystemExit) as stopped:
+        experiments.main()
+    assert "nowhere" in str(stopped.value.code) and "\n" not in str(stopped.value.code)
+
+
+def test_methods_are_those_with_results(repository):
+    repository("one", files=["metrics/baseline/train.json", "metrics/rho1/train.json", "metrics/start/eval.json"])
+    assert trained("one") == ["baseline", "rho1"]
+
+
+def test_nothing_is_read_from_outside_a_repository(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ExperimentError, match="git show"):
+        by_seed(["HEAD", "main"])
+    assert subprocess.run(["git", "status"], cwd=tmp_path, capture_output=True).returncode != 0
+
+
+def test_an_experiment_that_trained_a_part_alone_is_refused(repository, tmp_path):
+    lock = {f"train@{name}": {"params": {"params.yaml": {"training.seed": seed}}} for name, seed in (("baseline", 1), ("rho1", 5))}
+    (tmp_path / "dvc.lock").write_text(yaml.safe_dump({"schema": "2.0", "stages": lock}))
+    repository("five", (SEED, "seed: 5 "))
+    check_trained_with(5, "five", ["rho1"])
+    for method, found in (("baseline", 1), ("ntp", None)):
+        with pytest.raises(ExperimentError, match=rf"five: train@{method} was last run with training.seed {found}, expected 5"):
+            check_trained_with(5, "five", ["rho1", method])

@@ -1,0 +1,133 @@
+"""python -m wmtp.experiments [REV...]: the methods over the training seeds that DVC's experiments hold, with intervals over both.
+
+A REV is an experiment's name, a branch or a commit; without any, HEAD and all experiments that were made from it. All must have the same
+parameters but for `training.seed`. A page, tables and a picture go to OUT; nothing in the working tree is changed.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from wmtp import study, study_report
+from wmtp.arms import controls
+from wmtp.params import Params, parse_yaml, validate
+
+START = "start"
+FILES = ("eval.json", "train.json", "train.csv")
+
+
+class ExperimentError(ValueError):
+    """Experiments that are not there, or that differ in more than their training seed."""
+
+
+def output_of(*command: str) -> str:
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise ExperimentError(f"{' '.join(command)}: {done.stderr.strip().splitlines()[-1] if done.stderr.strip() else 'failed'}")
+    return done.stdout
+
+
+def made_from_head() -> list[str]:
+    """HEAD, and the commits of its experiments in the order of their names."""
+    named = dict(zip(*(output_of("dvc", "exp", "list", kind).split() for kind in ("--name-only", "--sha-only"))))
+    return ["HEAD", *(named[name] for name in sorted(named))]
+
+
+def parameters(rev: str) -> Params:
+    return validate(parse_yaml(output_of("git", "show", f"{rev}:params.yaml")), f"{rev}:params.yaml")
+
+
+def by_seed(revs: Sequence[str]) -> dict[int, str]:
+    """Revisions by training seed; ExperimentError where two have one seed, or parameters differ elsewhere."""
+    found: dict[int, str] = {}
+    first = parameters(revs[0]).model_dump(mode="json")
+    for rev in revs:
+        values = parameters(rev).model_dump(mode="json")
+        seed = values["training"]["seed"]
+        if apart := [key for key in _differences(first, values) if key != "training.seed"]:
+            raise ExperimentError(f"{rev}: {apart[0]} is another than in {revs[0]}; only training.seed may differ, name the revisions")
+        if seed in found:
+            raise ExperimentError(f"{rev}: training.seed {seed} again, as in {found[seed]}; name each seed's revision once")
+        found[seed] = rev
+    if len(found) < 2:
+        raise ExperimentError(
+            f"{' '.join(revs)}: one training seed, expected two at least; make more with `dvc exp run --queue -S training.seed=2,3 && dvc"
+            " queue start`"
+        )
+    return found
+
+
+def _differences(one: Any, other: Any, path: str = "") -> list[str]:
+    """Dotted keys at which two trees of parameters differ."""
+    if isinstance(one, dict) and isinstance(other, dict):
+        keys = dict.fromkeys([*one, *other])
+        return [found for key in keys for found in _differences(one.get(key), other.get(key), f"{path}.{key}" if path else key)]
+    return [] if one == other else [path]
+
+
+def check_trained_with(seed: int, rev: str, methods: Sequence[str]) -> None:
+    """ExperimentError unless each method's training in the revision's dvc.lock had this seed: an experiment may have run a part alone."""
+    stages = parse_yaml(output_of("git", "show", f"{rev}:dvc.lock"))["stages"]
+    for method in methods:
+        locked = stages.get(f"train@{method}", {}).get("params", {}).get("params.yaml", {}).get("training.seed")
+        if locked != seed:
+            raise ExperimentError(
+                f"{rev}: train@{method} was last run with training.seed {locked}, expected {seed}; run the experiment without a target"
+            )
+
+
+def extracted(revs: Mapping[int, str], methods: Sequence[str], folder: Path) -> None:
+    """FOLDER/metrics/METHOD-SEED/ and FOLDER/verdicts/METHOD-SEED.jsonl, as a study has them, out of git and DVC's cache."""
+    import dvc.api
+
+    for seed, rev in revs.items():
+        for method in methods:
+            for name in FILES:
+                into = folder / "metrics" / f"{method}-{seed}" / name
+                into.parent.mkdir(parents=True, exist_ok=True)
+                into.write_text(output_of("git", "show", f"{rev}:metrics/{method}/{name}"))
+            verdicts = folder / "verdicts" / f"{method}-{seed}.jsonl"
+            verdicts.parent.mkdir(exist_ok=True)
+            verdicts.write_text(dvc.api.read(f"data/verdicts/{method}.jsonl", repo=".", rev=rev, encoding="utf-8"))
+
+
+def trained(rev: str) -> list[str]:
+    """The methods that a revision has results of."""
+    names = output_of("git", "ls-tree", "-r", "--name-only", rev, "metrics").split()
+    return [method for method in parameters(rev).methods if f"metrics/{method}/train.json" in names]
+
+
+def compare(revs: Sequence[str], out: Path) -> str:
+    """Writes OUT and returns its page."""
+    seeds = by_seed(revs)
+    methods, whole = trained(revs[0]), parameters(revs[0])
+    for seed, rev in seeds.items():
+        check_trained_with(seed, rev, methods)
+    against = controls({method: whole.methods[method] for method in methods})
+    start = json.loads(output_of("git", "show", f"{revs[0]}:metrics/{START}/eval.json"))
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        extracted(seeds, methods, folder)
+        found = study.read_arms(against, sorted(seeds), folder / "metrics", folder / "verdicts")
+    return study_report.write(found, against, whole.report.bootstrap, {"": start}, out)[0]
+
+
+def main() -> None:
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(prog="python -m wmtp.experiments", description=__doc__, formatter_class=form)
+    parser.add_argument("revs", metavar="REV", nargs="*", help="experiments, branches or commits (default: HEAD and its experiments)")
+    parser.add_argument("--out", type=Path, default=Path("seeds"), help="where the page goes (default: seeds/)")
+    given = parser.parse_args()
+    try:
+        print(compare(given.revs or made_from_head(), given.out))
+    except (ValueError, OSError) as error:
+        sys.exit(f"wmtp.experiments: {error}")
+
+
+if __name__ == "__main__":
+    main()
