@@ -46,6 +46,36 @@ def test_the_learning_rate_is_read_by_the_four_trainings(finished):
     restored(finished)
 
 
+def with_value(folder: Path, section: str, key: str, value: object) -> None:
+    values = yaml.safe_load((folder / "params.yaml").read_text())
+    assert values[section][key] != value
+    values[section][key] = value
+    (folder / "params.yaml").write_text(yaml.safe_dump(values))
+
+
+@pytest.mark.parametrize(
+    ("section", "upstream", "method"),
+    [("critic", {"critic-pretrain", "score-critic"}, "verifiable"), ("reference", {"tune-reference", "score-reference"}, "rho1")],
+)
+def test_another_critic_or_reference_scores_again_and_trains_only_the_method_that_reads_it(finished, section, upstream, method):
+    with_value(finished, section, "learning_rate", 0.002)
+    done = run(finished, "dvc", "repro", "score-critic", "score-reference", *(f"train@{name}" for name in METHODS if name != method))
+    planned = stages_run(run(finished, "dvc", "repro", "--dry"))
+    restored(finished)
+    assert stages_run(done) == upstream
+    assert f"train@{method}" in planned
+
+
+def test_other_data_for_the_policies_is_scored_again(finished):
+    with_value(finished, "data", "max_problems", 8)
+    run(finished, "dvc", "repro", "prepare-and-validate-datasets")
+    state = json.loads(run(finished, "dvc", "status", "--json", "score-critic", "score-reference").stdout)
+    restored(finished)
+    for stage in ("score-critic", "score-reference"):
+        changed = {name for one in state[stage] for name in one.get("changed deps", {})}
+        assert changed == {"data/processed/manifest.json", "data/processed/policy"}, stage
+
+
 def test_editing_one_method_runs_that_method_again(finished):
     text = (finished / "params.yaml").read_text()
     (finished / "params.yaml").write_text(text.replace("keep_fraction: 0.6", "keep_fraction: 0.5"))
@@ -122,7 +152,7 @@ def test_side_by_side_ends_where_one_after_the_other_does(finished, tmp_path):
     # Forced: both repositories have one cache of runs, from which DVC would take what the other has just made.
     for method in ("baseline", "rho1"):
         run(finished, "dvc", "repro", "--force", "--single-item", f"train@{method}")
-    run(finished, "dvc", "repro")
+    assert stages_run(run(finished, "dvc", "repro")) <= after("start", *METHODS), "nothing before the trainings reads training.seed"
     assert yaml.safe_load((folder / "dvc.lock").read_text()) == yaml.safe_load((finished / "dvc.lock").read_text())
     restored(finished)
 
