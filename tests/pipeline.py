@@ -93,3 +93,15 @@ def after(*methods: str) -> set[str]:
 def restored(folder: Path) -> None:
     run(folder, "git", "checkout", "-q", "--", ".")
     run(folder, "dvc", "checkout", "-q", "dvc.yaml")
+
+
+def processes_in(folder: Path, words: bytes = b"stages.train") -> dict[int, bytes]:
+    """Command lines, by process, of those that work in `folder` and have `words` in theirs."""
+    found = {}
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            if os.readlink(entry / "cwd") == str(folder) and words in (line := (entry / "cmdline").read_bytes()):
+                found[int(entry.name)] = line
+        except OSError:
+            continue
+    return found

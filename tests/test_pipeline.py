@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.pipeline import EACH, METHODS, after, cloned, environment, restored, run, stages_run, typed
+from tests.pipeline import EACH, METHODS, after, cloned, environment, processes_in, restored, run, stages_run, typed
 
 pytestmark = pytest.mark.slow
 
@@ -204,14 +204,3 @@ def test_any_stage_may_be_stopped_and_the_next_repro_goes_on(finished, stage, ho
     run(finished, "dvc", "repro")
     assert yaml.safe_load((finished / "dvc.lock").read_text()) == before
     assert not list((finished / ".work").glob("*"))
-
-
-def processes_in(folder: Path, words: bytes = b"stages.train") -> list[int]:
-    found = []
-    for entry in Path("/proc").glob("[0-9]*"):
-        try:
-            if os.readlink(entry / "cwd") == str(folder) and words in (entry / "cmdline").read_bytes():
-                found.append(int(entry.name))
-        except OSError:
-            continue
-    return found

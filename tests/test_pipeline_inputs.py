@@ -1,4 +1,4 @@
-"""Other inputs through the whole pipeline, by running DVC for real: bad values, real files, the 7B preset, a study."""
+"""Other inputs through the whole pipeline, by running DVC for real: bad values, real files, the 7B preset."""
 
 import json
 import os
@@ -89,32 +89,3 @@ def test_the_7b_preset_is_a_pipeline_that_dvc_can_plan(finished):
     restored(finished)
     assert {f"train@{method}" for method in METHODS} <= planned
     assert not {"warm-up", "build-micro-model"} & planned, "the 7B policies start from the base itself"
-
-
-def study_cells(folder) -> set[str]:
-    return {path.stem for path in (folder / "study/verdicts").glob("*.jsonl")}
-
-
-def test_a_study_trains_every_arm_with_every_seed_and_a_further_arm_alone_when_it_is_added(finished, tmp_path):
-    folder = cloned(finished, tmp_path / "study")
-    file = folder / "params.yaml"
-    whole = yaml.safe_load(file.read_text())["study"]["arms"]
-    assert "focal" not in whole
-    listed = f"arms: [{', '.join(whole)}]"
-    text = file.read_text().replace("seeds: [1, 2, 3, 4, 5, 6]", "seeds: [1, 2]").replace("n_samples: 4", "n_samples: 2")
-    file.write_text(text.replace(listed, "arms: [baseline, ntp_full, shuffled]"))
-    assert yaml.safe_load(file.read_text())["study"] == {"arms": ["baseline", "ntp_full", "shuffled"], "seeds": [1, 2], "n_samples": 2}
-    run(folder, "launch/study", "2")
-    arms = {"baseline", "ntp_full", "shuffled"}
-    assert study_cells(folder) == {f"{arm}-{seed}" for arm in arms for seed in (1, 2)}
-    assert "shuffled - baseline" in (folder / "study/report/table.md").read_text()
-    trained = {arm: json.loads((folder / f"study/metrics/{arm}-1/train.json").read_text()) for arm in arms}
-    assert trained["ntp_full"]["parameters"] == trained["baseline"]["parameters"]
-    before = {name: (folder / f"study/models/{name}/metadata.json").stat().st_mtime_ns for name in study_cells(folder)}
-    block = "  focal: {weighting: focal, n_future: 4, mix: 1.0, head_weights: null, scope: sequence, focusing: 2.0}"
-    added = file.read_text().replace("\nevaluation:", f"{block}\n\nevaluation:", 1)
-    file.write_text(added.replace("arms: [baseline, ntp_full, shuffled]", "arms: [baseline, ntp_full, shuffled, focal]"))
-    run(folder, "launch/study", "2")
-    assert "focal - baseline" in (folder / "study/report/table.md").read_text()
-    assert before == {name: (folder / f"study/models/{name}/metadata.json").stat().st_mtime_ns for name in before}
-    assert stages_run(run(folder, "dvc", "repro", "study/dvc.yaml")) == set()
