@@ -22,12 +22,14 @@ def checks() -> dict[str, tuple[float, bool]]:
         ]
     (start,) = (float(row["high"]) for row in rows)
     budgets = {(one["steps"], one["tokens"]) for one in (read(f"{name}/train.json") for name in ("ntp", "baseline", "verifiable", "rho1"))}
+    changed = sum(read(f"{name}/heads.json")["drafts"]["n_different"] for name in ("start", "baseline", "verifiable", "rho1"))
     return {
         "baseline pass@1, HumanEval form, 0.30 to 0.80": (baseline, 0.30 <= baseline <= 0.80),
         "start - baseline, upper end of its interval, below 0": (start, start < 0),
         "critic's held-out AUC, at least 0.80": (critic["auc"], critic["auc"] >= 0.80),
         "largest drop within a token of the fault, at least half": (critic["bug_localisation"], critic["bug_localisation"] >= 0.5),
         "budgets among the four methods, 1": (len(budgets), len(budgets) == 1),
+        "greedy texts that the heads' drafts change, 0": (changed, changed == 0),
     }
 
 
