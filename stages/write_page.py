@@ -23,7 +23,7 @@ def work(params: Any, track: Any, metrics: str, data: str, out: str, *names: str
     critic, places = compare.read_critic(figures_of / "critic.json"), {}
     for name in figures:
         places[name] = compare.read_places(figures_of / name / "heads.csv")
-    report.draw_heads(places, folder / "heads.png")
+    report.draw_heads(places, START, folder / "heads.png")
     report.draw_weights(logs, folder / "weights.png")
     problems = {(name, one.task_id): one for name in NAMES for one in read_jsonl(held / f"processed/benchmarks/{name}.jsonl", Problem)}
     written = {name: greedy_answers(*_texts(held, name)) for name in names}

@@ -56,16 +56,16 @@ def test_an_example_is_a_program_token_by_token(data, model, tokenizer):
     plan = planned("rho1", data)
     step, work = plan.step(0), methods.objective("rho1", n_future=F)
     weight_BTF = first_weights(model, work, step)
-    known = replace(step, span_B2=torch.tensor([[-1, -1]] * 4 + step.span_B2[4:].tolist()))
+    first_B = torch.tensor(data.response_start[step.row_B.numpy()])
+    known = replace(step, span_B2=torch.stack([first_B + 1, first_B + 3], 1).masked_fill(torch.arange(8)[:, None] < 4, -1))
     found = examples(weight_BTF, known, data, tokenizer, "reference", 6)
-    assert len(found) == 6 and [one["place"] is None for one in found] == [False] * 4 + [True] * 2
-    for b, one in zip([4, 5, 6, 7, 0, 1], found):
+    for b, one in zip([4, 5, 6, 7, 0, 1], found, strict=True):
         row = int(step.row_B[b])
         start, end = int(data.response_start[row]), int(data.lengths[row])
         assert one["tokens"] == pretrain.response_texts(tokenizer, data, np.array([row]))[0] and len(one["weights"]) == end - start
         for i, by_head in zip(range(start, end), one["weights"], strict=True):
             assert by_head == [float(weight_BTF[b, i - h - 1, h]) for h in range(F)]
         assert one["signal"] == signal_of(row)[start - 1 : end].tolist() and one["kind"] == "reference"
-        if one["place"]:
-            assert [place + start for place in one["place"]] == data.spans()[row].tolist()
+        assert one["prompt"] == tokenizer.pieces.decode(data.input_ids([row])[0][:start].tolist()) and "### Response:" in one["prompt"]
+        assert one["place"] == ([1, 3] if b >= 4 else None)
         assert one["task_id"] == data.problems[int(data.problem_of[row])]["task_id"]

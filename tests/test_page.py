@@ -28,7 +28,15 @@ def problem(number, source="mbpp"):
 def example(task_id, kind="critic", place=(2, 4)):
     n = len(PIECES) + 1
     weights = [[0.1 + 0.4 * i, 1.0] for i in range(n)]
-    return {"task_id": task_id, "tokens": PIECES, "weights": weights, "place": place, "kind": kind, "signal": [0.5] * (n + 1)}
+    return {
+        "task_id": task_id,
+        "tokens": PIECES,
+        "weights": weights,
+        "place": place,
+        "kind": kind,
+        "signal": [0.5] * (n + 1),
+        "prompt": "Add <b>1</b>\n",
+    }
 
 
 def answered(*verdicts):
@@ -41,7 +49,7 @@ def document(tmp_path_factory):
     draw_scores(FIGURES, "start", folder / "pass_at_k.png")
     draw_training(FIGURES, LOGS, folder / "training.png")
     draw_weights({name: {**log, **WEIGHTS} for name, log in LOGS.items()}, folder / "weights.png")
-    draw_heads({"baseline": PLACES}, folder / "heads.png")
+    draw_heads({"start": PLACES, "baseline": PLACES}, "start", folder / "heads.png")
     shutil.copy(folder / "heads.png", folder / "critic.png")
     pictures = {name: folder / f"{name}.png" for name in ("pass_at_k", "training", "weights", "heads", "critic")}
     apart = disagreements(
@@ -104,10 +112,14 @@ def test_every_method_every_difference_and_the_gate_stand_there(seen):
 def test_programs_are_shown_token_by_token_on_the_colour_of_their_weight(document):
     programs = re.findall(r'<pre class="code">(.*?)</pre>', document, re.DOTALL)
     assert len(programs) == 3
-    spans = re.findall(r'<span( class="place")? title="([0-9.]+)" style="background: (.*?)">(.*?)</span>', programs[0], re.DOTALL)
+    spans = re.findall(
+        r'<span( class="place")? title="([0-9.]+)" style="background: (.*?)">(.*?)(?=<span title|<span class="place"|$)',
+        programs[0],
+        re.DOTALL,
+    )
     assert [float(weight) for _, weight, _, _ in spans] == pytest.approx([0.1 + 0.4 * i for i in range(len(PIECES) + 1)], abs=0.005)
     assert [bool(place) for place, *_ in spans] == [2 <= i < 4 for i in range(len(PIECES) + 1)]
-    assert html.unescape("".join(text for *_, text in spans)) == "def f(xs):\u21b5\n  return \u00e9<\u23f9"
+    assert html.unescape(re.sub("<[^>]+>", "", "".join(text for *_, text in spans))) == "def f(xs):\u21b5\n  return \u00e9<end"
     assert document.count("<svg") == 2, "the critic's values stand under the method that reads them"
 
 

@@ -32,15 +32,22 @@ def examples(
 ) -> list[dict[str, Any]]:
     """The first `n` correct programs of a step, those whose decisive place is known before others.
 
-    `tokens` are the pieces of the response as the vocabulary writes them, `weights` a list of heads for each of them and the end of text,
-    `place` the tokens [start, end) at which the program and its incorrect twin first differ, None where that is not known. `signal` is of
-    `kind` and has one number more than there are tokens, from the last prompt token on: values by state up to the last but one, or losses
-    by token from the second on; None where the method reads none.
+    `prompt` is the text before them, `tokens` are the pieces of the response as the vocabulary writes them, `weights` a list of heads for
+    each of them and the end of text, `place` the tokens [start, end) at which the program and its incorrect twin first differ, None where
+    that is not known. `signal` is of `kind` and has one number more than there are tokens, from the last prompt token on: values by state
+    up to the last but one, or losses by token from the second on; None where the method reads none.
     """
     known = [b for b in range(len(step.row_B)) if bool(step.is_correct_B[b])]
     chosen = sorted(known, key=lambda b: bool(step.span_B2[b, 0] < 0))[:n]
     texts = response_texts(tokenizer, data, np.array([int(step.row_B[b]) for b in chosen]))
-    return [_example(weight_BTF, step, data, b, kind, tokens) for b, tokens in zip(chosen, texts)]
+    return [
+        _example(weight_BTF, step, data, b, kind, tokens) | {"prompt": tokenizer.pieces.decode(_prompt(step, data, b))}
+        for b, tokens in zip(chosen, texts)
+    ]
+
+
+def _prompt(step: Batch, data: TokenData, b: int) -> list[int]:
+    return step.tokens_BT[b, : data.response_start[int(step.row_B[b])]].tolist()
 
 
 def _example(weight_BTF: torch.Tensor, step: Batch, data: TokenData, b: int, kind: str | None, tokens: Sequence[str]) -> dict[str, Any]:

@@ -6,6 +6,7 @@ Pictures lie in the page as data; there is no script. Equal inputs give equal by
 import base64
 import html
 import re
+import struct
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,9 +31,11 @@ table { border-collapse: collapse; font-size: .86rem; font-variant-numeric: tabu
 th, td { padding: .28rem .7rem .28rem 0; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--line); }
 th { font-weight: 600; border-bottom: 1.5px solid #8c8c8c; } th.word, td.word { text-align: left; }
 figure { margin: 1.2rem 0; } img { max-width: 100%; height: auto; display: block; }
-pre { margin: .3rem 0; padding: .7rem .9rem; background: var(--shade); border-radius: 4px; overflow-x: auto;
+pre { margin: .3rem 0; white-space: pre-wrap; padding: .7rem .9rem; background: var(--shade); border-radius: 4px; overflow-x: auto;
       font: 13.5px/1.6 ui-monospace, "DejaVu Sans Mono", Menlo, Consolas, monospace; }
 pre.code span { border-radius: 2px; padding: .08em 0; } pre.code span.place { outline: 2px solid #1a1a1a; outline-offset: -1px; }
+.one { border-top: 1px solid var(--line); margin-top: 1.4rem; padding-top: .7rem; } .one h3 { margin: .7rem 0 .3rem; }
+.end { color: var(--soft); font-size: .8em; }
 .pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(22rem, 1fr)); gap: .4rem 1.4rem; }
 .verdict { font-weight: 600; } .pass { color: #0b6b3a; } .miss { color: #a32100; }
 .scale { display: inline-block; width: 12rem; height: .8rem; vertical-align: middle; margin: 0 .5rem; border-radius: 2px; }
@@ -59,9 +62,11 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]], n_left: int) -> 
 
 
 def picture(path: Path, words: str) -> str:
-    """A PNG inside the page; `words` for those who cannot see it."""
-    data = base64.b64encode(path.read_bytes()).decode()
-    return f'<figure><img alt="{html.escape(words)}" src="data:image/png;base64,{data}"></figure>\n'
+    """A PNG inside the page, letters of one size in all; `words` for those who cannot see it."""
+    content = path.read_bytes()
+    width = struct.unpack(">I", content[16:20])[0] // 2
+    data = base64.b64encode(content).decode()
+    return f'<figure><img width="{width}" alt="{html.escape(words)}" src="data:image/png;base64,{data}"></figure>\n'
 
 
 def folded(summary: str, inside: str) -> str:
@@ -104,10 +109,9 @@ def coloured(example: Mapping[str, Any], head: int = 0) -> str:
     """A program, each token on the colour of its weight in `head`; its number shows under the pointer."""
     first, end = example["place"] or (0, 0)
     spans = []
-    for i, (text, weights) in enumerate(zip([*text_of(example["tokens"]), "\u23f9"], example["weights"])):
+    texts = [html.escape(text).replace("\n", "\u21b5\n") for text in text_of(example["tokens"])]  # a line's end has no width to colour
+    for i, (shown, weights) in enumerate(zip([*texts, '<span class="end">end</span>'], example["weights"])):
         place = ' class="place"' if first <= i < end else ""
-        # A line's end has no width to colour.
-        shown = html.escape(text).replace("\n", "\u21b5\n")
         spans.append(f'<span{place} title="{weights[head]:.2f}" style="background: {colour_of(weights[head])}">{shown}</span>')
     return f'<pre class="code">{"".join(spans)}</pre>\n'
 
@@ -144,7 +148,10 @@ def weights(examples: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
             if one := found.get(task_id):
                 line = curve(one["signal"][:-1], one["place"], f"the critic's value along {task_id}") if one["kind"] == "critic" else ""
                 parts.append(f"<div><h3>{html.escape(name)}, head 0</h3>{coloured(one)}{line}</div>")
-        shown.append(f'<p class="soft">{html.escape(task_id)}</p><div class="pair">{"".join(parts)}</div>\n')
+        asked = html.escape(next(found[task_id]["prompt"] for found in methods.values() if task_id in found).strip())
+        shown.append(
+            f'<div class="one"><p class="soft">{html.escape(task_id)}</p><pre>{asked}</pre><div class="pair">{"".join(parts)}</div></div>\n'
+        )
     return "".join(shown)
 
 
@@ -160,8 +167,8 @@ def answers(found: Sequence[Disagreement]) -> str:
             for name, answer in one.answers.items()
         )
         words = html.escape("\n".join(part for part in (statement, given) if part))
-        parts.append(f'<p class="soft">{html.escape(f"{title(one.problem.source)}, {one.problem.task_id}")}</p><pre>{words}</pre>')
-        parts.append(f'<div class="pair">{columns}</div>\n')
+        name = html.escape(f"{title(one.problem.source)}, {one.problem.task_id}: solved by {one.better} alone")
+        parts.append(f'<div class="one"><p class="soft">{name}</p><pre>{words}</pre><div class="pair">{columns}</div></div>\n')
     return "".join(parts) or paragraph("None: their greedy completions pass and fail on the same problems.")
 
 

@@ -189,15 +189,17 @@ def draw_training(figures: Figures, logs: Mapping[str, Mapping[str, Sequence[flo
         heads.legend()
 
 
-def draw_heads(places: Mapping[str, Sequence[Mapping[str, float]]], path: Path) -> None:
-    """Accuracy of each head by place in held-out programs, a panel a head; `places`: rows of metrics/MODEL/heads.csv by model."""
+def draw_heads(places: Mapping[str, Sequence[Mapping[str, float]]], start: str, path: Path) -> None:
+    """Accuracy of each head by place in held-out programs, a panel a head, the common start grey; `places`: rows of heads.csv by model."""
+    looks = {name: {"color": colour(at), "marker": marker(at)} for at, name in enumerate(name for name in places if name != start)}
+    looks[start] = {"color": GREY, "ls": (0, (5, 3))}
     n_heads = max(sum(key.startswith("ce_head") for key in rows[0]) for rows in places.values())
     with panels(path, (2.7 * n_heads, 2.9), n_heads, sharey=True) as axes:
         for head, panel in enumerate(axes):
-            for place, (name, rows) in enumerate(places.items()):
+            for name, rows in places.items():
                 if (key := f"accuracy_at_1_head{head}") in rows[0]:
                     at, accuracy = [100 * row["place"] for row in rows], [100 * row[key] for row in rows]
-                    panel.plot(at, accuracy, color=colour(place), marker=marker(place), ms=3.5, lw=1.2, label=name)
+                    panel.plot(at, accuracy, **looks[name], ms=3.5, lw=1.2, label=name)
             panel.set_title(f"head {head}" + (", next token" if head == 0 else f", {head + 1} ahead"), loc="left")
             panel.set_xlabel("place in the program, %")
         axes[0].set_ylabel("tokens foreseen, %")
