@@ -1,4 +1,4 @@
-"""python -m stages.measure_heads MODEL PROCESSED FIGURES BY_PLACE: what each head of a model knows of held-out programs."""
+"""python -m stages.measure_heads MODEL START PROCESSED FIGURES BY_PLACE: what each head knows of held-out programs, and its drift."""
 
 import json
 from pathlib import Path
@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from stages import run
+from wmtp.drift import drift
 from wmtp.measure import DraftFigures, drafts, measure
 from wmtp.model import Transformer, load_bundle
 from wmtp.progress import say
@@ -17,13 +18,15 @@ from wmtp.world import joined
 DRAFTED = 16  # prompts that are completed with drafts and without
 
 
-def work(params: Any, track: Any, path: str, processed: str, out: str, by_place: str) -> dict[str, float]:
+def work(params: Any, track: Any, path: str, start: str, processed: str, out: str, by_place: str) -> dict[str, float]:
     with joined(params.run.device) as world:
         data = TokenData(processed, "validation")
         check_same_tokenizer(data.tokenizer_sha256, path, "the model")
         model = load_bundle(path, dtype=torch.float32, device=world.device)
         found = measure(model, data, world, params.optimizer.micro_batch_tokens)
-        figures, timed = found.whole(), {}
+        begun = load_bundle(start, dtype=torch.float32, device=world.device)
+        moved = drift(model, begun, data, world, params.optimizer.micro_batch_tokens)
+        figures, timed = {head: means | {"kl_from_start": kl} for (head, means), kl in zip(found.whole().items(), moved, strict=True)}, {}
         if world.is_first and model.n_future > 1:
             drafted = _drafted(model, data, Tokenizer(path), params.evaluation.max_tokens)
             names = ("n_prompts", "tokens_per_forward", "n_different")

@@ -31,7 +31,7 @@ TRAINING = [
     "model checkpoint convert slicing sources provenance",
     "tokens generate",
     "batches scores sampling",
-    "policy critic preference measure",
+    "policy critic preference measure drift",
     "scoring train anchor shared",
     "pretrain",
     "examples",
