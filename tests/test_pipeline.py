@@ -31,6 +31,16 @@ def test_methods_are_rows_of_dvc_metrics_show(finished):
     assert all(f"metrics/{method}/eval.json" in shown for method in METHODS) and "humaneval.pass@1" in shown
 
 
+def test_the_temperature_is_searched_on_validation_problems_alone(finished, tmp_path):
+    line = f"launch/search-temperature models/baseline --temperatures 0.2,0.9 --max-problems 5 --out {tmp_path / 'found.json'}"
+    shown = typed(finished, line).stdout
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert list(found["temperatures"]) == ["0.2", "0.9"] and set(found["best"]) == {"pass@1", "pass@2"}
+    assert all(row in shown for row in ("| temperature |", "| 0.2 ", "| 0.9 ", "| best "))
+    failed = typed(finished, "launch/search-temperature models/nowhere", check=False)
+    assert failed.returncode == 1 and failed.stderr.strip().splitlines()[-1].startswith("search-temperature: models/nowhere")
+
+
 def test_beta_is_read_by_verifiable_alone(finished):
     done = run(finished, "dvc", "exp", "run", "-S", "training.beta=0.5")
     assert {"train@verifiable", "sample@verifiable"} <= stages_run(done) <= after("verifiable")
