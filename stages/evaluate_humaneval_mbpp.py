@@ -1,7 +1,6 @@
 """python -m stages.evaluate_humaneval_mbpp COMPLETIONS PROBLEMS VERDICTS METRICS: every completion judged, pass@k with its error."""
 
 import json
-from pathlib import Path
 from typing import Any
 
 from stages import run
@@ -15,14 +14,14 @@ def work(params: Any, track: Any, completions: str, folder: str, out: str, metri
     judge.require_strong(own_data or settings.accept_weak_sandbox, "set evaluation.accept_weak_sandbox")
     limits = judge.Limits(settings.cpu_seconds, settings.wall_seconds, settings.memory_mb)
     found, figures, judged = list(read_jsonl(completions, Completion)), {}, []
-    for name in benchmarks.NAMES:
-        file = Path(folder) / f"{name}.jsonl"
+    for name, file in benchmarks.files_of(settings, folder).items():
         problems = list(read_jsonl(file, Problem))[: settings.max_problems]
         own = [completion for completion in found if completion.benchmark == name]
         protocol = benchmarks.protocol_of(name, settings)
-        own_verdicts = verdicts.verdicts_of(own, {problem.task_id: problem for problem in problems}, protocol, limits, settings.workers)
-        figures[name] = verdicts.metrics_of(own_verdicts, own, protocol, sha256_file(file), settings.ks)
-        judged += own_verdicts
+        known = {problem.task_id: problem for problem in problems}
+        found_here = verdicts.judged(own, known, protocol, limits, settings.workers, settings.all_tests)
+        figures[name] = verdicts.metrics_of(found_here, own, protocol, sha256_file(file), settings.ks, limits)
+        judged += found_here.verdicts
     write_jsonl(out, judged)
     write_text(metrics, json.dumps(figures, indent=2) + "\n")
     return {f"{name}.{key}": value for name in figures for key, value in figures[name].items() if isinstance(value, int | float)}

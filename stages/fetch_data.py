@@ -1,4 +1,4 @@
-"""python -m stages.fetch_data OUT: codecontests, functions, humaneval and mbpp under OUT, from wherever source.data says."""
+"""python -m stages.fetch_data OUT: the folders of wmtp.raw_data under OUT, from wherever source.data says."""
 
 from pathlib import Path
 from typing import Any

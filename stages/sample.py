@@ -15,7 +15,8 @@ from wmtp.world import joined
 
 
 def work(params: Any, track: Any, path: str, processed: str, out: str) -> dict[str, Any]:
-    settings, completions, files = params.evaluation, [], {name: Path(processed) / f"{name}.jsonl" for name in benchmarks.NAMES}
+    settings, completions = params.evaluation, []
+    files = benchmarks.files_of(settings, processed)
     inputs = {"model": bundle_sha256(path), **{name: sha256_file(file) for name, file in files.items()}}
     with joined(params.run.device) as world:
         # Named after what it writes: two equal models, as two arms of a study may be, must not meet in one folder.

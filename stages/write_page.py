@@ -6,7 +6,6 @@ from typing import Any
 
 from stages import run
 from wmtp import compare, page, report
-from wmtp.benchmarks import NAMES
 from wmtp.disagreements import disagreements, greedy_answers
 from wmtp.records import Completion, Problem, Verdict, read_jsonl, write_text
 
@@ -25,7 +24,8 @@ def work(params: Any, track: Any, metrics: str, data: str, out: str, *names: str
         places[name] = compare.read_places(figures_of / name / "heads.csv")
     report.draw_heads(places, START, folder / "heads.png")
     report.draw_weights(logs, folder / "weights.png")
-    problems = {(name, one.task_id): one for name in NAMES for one in read_jsonl(held / f"processed/benchmarks/{name}.jsonl", Problem)}
+    files = {name: held / f"processed/benchmarks/{name}.jsonl" for name in results[0].evaluation}
+    problems = {(name, one.task_id): one for name, file in files.items() for one in read_jsonl(file, Problem)}
     written = {name: greedy_answers(*_texts(held, name)) for name in names}
     apart = [one for name in examples for one in disagreements(name, AGAINST, written, problems, SHOWN)]
     isolation = " and ".join(sorted({str(one.get("isolation")) for result in results for one in result.evaluation.values()}))

@@ -45,7 +45,9 @@ def sources(tmp_path):
     humaneval |= {"test": "def check(candidate):\n    assert candidate(1) == 1\n"}
     only_cpp = contest("1_B. Twice", right=((2, "int main(){}"),), wrong=())
     return {
-        "codecontests": folder_of(tmp_path / "contests", train=[contest(), only_cpp, contest("1_C. Again")]),
+        "codecontests": folder_of(
+            tmp_path / "contests", train=[contest(), only_cpp, contest("1_C. Again")], test=[only_cpp, contest("2_A. New")]
+        ),
         "humaneval": folder_of(tmp_path / "humaneval", test=[humaneval]),
         "mbpp": folder_of(tmp_path / "mbpp", prompt=[mbpp_row(2)], test=[mbpp_row(11)], validation=[mbpp_row(511)], train=[mbpp_row(601)]),
     }
@@ -53,13 +55,16 @@ def sources(tmp_path):
 
 @pytest.mark.slow
 def test_what_is_downloaded_is_what_prepare_reads(sources, tmp_path):
-    assert download(tmp_path / "raw", **sources, max_problems=None) == {"codecontests": 2, "humaneval": 1, "mbpp": 4}
+    assert download(tmp_path / "raw", **sources, max_problems=None) == {
+        "codecontests": 2, "codecontests_test": 2, "humaneval": 1, "mbpp": 4,
+    }  # fmt: skip
     corpus = read_raw(tmp_path / "raw")
     contests = [problem for problem in corpus.training if problem.source == "codecontests"]
     assert [len(corpus.solutions[problem.task_id]) for problem in contests] == [2, 2]
     assert contests[0].tests.inputs == ["1 2\n", "5\n"] and contests[0].difficulty == 7
     assert [problem.task_id for problem in corpus.benchmarks["humaneval"]] == ["HumanEval/0"]
     assert len(corpus.benchmarks["mbpp"]) == 1
+    assert [one.reference for one in corpus.benchmarks["codecontests"]] == [None, SUM], "one that nobody solved in Python 3 is still asked"
 
 
 @pytest.mark.slow

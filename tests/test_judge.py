@@ -17,6 +17,7 @@ from wmtp import judge as judging
 from wmtp.judge import Limits, judge, self_check, tier
 from wmtp.problems import read_humaneval, read_mbpp, read_sanitized_mbpp
 from wmtp.records import VERDICTS, AssertTests, CallTests, CheckTests, Problem, StdioTests, Verdict
+from wmtp.verdicts import is_exact
 
 LIMITS = Limits(cpu_seconds=1.0, wall_seconds=3.0, memory_mb=256, output_bytes=1 << 20)
 
@@ -57,6 +58,51 @@ def test_function_verdicts(task):
         "def add(a, b): return None": "fail",
     }
     assert [made.verdict for made in judge([(task, program) for program in programs], LIMITS, 2)] == list(programs.values())
+
+
+ANSWERS = ["return a + b", "return 3", "return [5, 6]", "return 0", "raise ValueError", "return a / 0 if a == 1 else a + b"]
+ENDINGS = ["import os; os._exit(0)", "while True: pass"]
+
+
+@pytest.mark.parametrize("task", FUNCTIONS.values(), ids=FUNCTIONS)
+def test_all_tests_change_no_verdict_and_count_those_that_pass_alone(task):
+    """By judging each test of a problem as a problem of its own; a program that ends in one passes none behind it."""
+    programs = [f"def add(a, b):\n    {answer}\n" for answer in ANSWERS] + ["", "def add(a, b) return a"]
+    programs += [f"def add(a, b):\n    if a == 1: {ending}\n    return a + b\n" for ending in ENDINGS]
+    programs += [f"def add(a, b):\n    if a != 1: {ending}\n    return a + b\n" for ending in ENDINGS]
+    first, every = (judge([(task, one) for one in programs], LIMITS, 2, all_tests=all_tests) for all_tests in (False, True))
+    assert [(one.verdict, one.detail) for one in first] == [(one.verdict, one.detail) for one in every]
+    tests = task.tests.model_dump()
+    names = [key for key in ("asserts", "calls", "expected") if key in tests]
+    alone = [type(task.tests)(**tests | {key: [tests[key][i]] for key in names}) for i in range(task.tests.n_tests)]
+    passed = [[outcome(problem(one), program).verdict == "pass" for one in alone] for program in programs]
+    for program, made, shown, until_first in zip(programs, passed, every, first):
+        dies = any(ending in program for ending in ENDINGS) and False in made
+        assert shown.passed == (made.index(False) if dies else sum(made)), program
+        assert until_first.passed == [*made, False].index(False)
+
+
+def test_all_inputs_are_tried_until_a_limit_is_met():
+    task = problem(StdioTests(inputs=["1", "2", "3", "4"], outputs=["1", "0", "3", "4"], checker="exact"))
+    programs = {
+        "print(input())": ("fail", 3),
+        "print(1 // (int(input()) - 1) or 3)": ("error", 1),
+        "x = input()\nwhile x == '3': pass\nprint(x)": ("fail", 1),
+        "x = input()\nwhile x == '1': pass\nprint(x)": ("timeout", 0),
+        "print(": ("error", 0),
+        "x = input()\nprint(x if x != '2' else 0)": ("pass", 4),
+    }
+    jobs = [(task, one) for one in programs]
+    made = judge(jobs, LIMITS, 2, all_tests=True)
+    assert [(one.verdict, one.passed) for one in made] == list(programs.values())
+    assert [(one.verdict, one.detail) for one in judge(jobs, LIMITS, 2)] == [(one.verdict, one.detail) for one in made]
+
+
+def test_exact_match_is_of_programs_not_of_their_layout():
+    task = problem(AssertTests(asserts=["assert f(1) == 2"]), reference="def f(x):\r\n    return x+1 # more")
+    found = {"def f(x):\n\n  return (x + 1)\n": True, "def f(y):\n    return y + 1\n": False, "def f(x) return": False, "": False}
+    assert [is_exact(task, program) for program in found] == list(found.values())
+    assert is_exact(task.model_copy(update={"reference": None}), "") is is_exact(CHECK, RIGHT) is None
 
 
 def test_stdio_verdicts():
@@ -364,7 +410,7 @@ def test_a_test_that_swallows_everything_cannot_hide_the_end_of_a_program():
 def test_answers_that_make_comparing_endless_cost_the_program_its_verdict():
     task = problem(AssertTests(asserts=["x = f()\nwhile x: pass", "assert True"]))
     limits = Limits(cpu_seconds=0.2, wall_seconds=0.3)
-    jobs = judging._jobs([(task, f"def f(): return {value}") for value in ("0", "1", "False")])
+    jobs = judging._jobs([(task, f"def f(): return {value}") for value in ("0", "1", "False")], False)
     made = judging._run(jobs, limits, 1, lambda _: None)
     assert [each["verdict"] for each in made] == ["pass", "timeout", "pass"], "the next referee is told the problem anew"
 
@@ -620,6 +666,6 @@ def test_time_counts_cpu_not_the_clock():
 def test_waiting_for_a_processor_is_not_held_against_a_program():
     """Sixteen workers share the processors: by the clock each program takes far longer than its wall limit."""
     work = "import time\nstart = time.process_time()\nwhile time.process_time() - start < 0.5: pass\n"
-    jobs = judging._jobs([(ASSERTS, f"{work}# {i}\n{RIGHT}") for i in range(16)])
+    jobs = judging._jobs([(ASSERTS, f"{work}# {i}\n{RIGHT}") for i in range(16)], False)
     made = judging._run(jobs, Limits(cpu_seconds=2.0, wall_seconds=2.0), 16, lambda _: None)
     assert {each["verdict"] for each in made} == {"pass"}

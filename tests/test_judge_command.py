@@ -78,11 +78,17 @@ def test_text_is_judged_as_it_is_unless_a_protocol_cuts_it(tmp_path):
 def test_the_projects_own_records_with_stdin_tests(tmp_path):
     problem = {
         "task_id": "sum", "source": "codecontests", "group": "1", "statement": "Add.",
-        "tests": {"kind": "stdio", "inputs": ["1 2\n"], "outputs": ["3\n"], "checker": "token"},
+        "tests": {"kind": "stdio", "inputs": ["1 2\n", "2 2\n"], "outputs": ["3\n", "4\n"], "checker": "token"},
     }  # fmt: skip
     drawn = [{"task_id": "sum", "solution": text} for text in ("print(sum(map(int, input().split())))", "print(4)")]
-    done = command(lines(tmp_path / "p.jsonl", [problem]), lines(tmp_path / "s.jsonl", drawn), "--out", tmp_path / "v.jsonl", "--k", "1")
-    assert done.returncode == 0 and "pass@1  50.00" in done.stdout
+    problems, drawn, out = lines(tmp_path / "p.jsonl", [problem]), lines(tmp_path / "s.jsonl", drawn), tmp_path / "v.jsonl"
+    done = command(problems, drawn, "--out", out, "--k", "1")
+    assert done.returncode == 0 and "pass@1  50.00" in done.stdout and "tests passed" not in done.stdout
+    plain = [json.loads(line) for line in out.read_text().splitlines()]
+    done = command(problems, drawn, "--out", out, "--k", "1", "--all-tests")
+    assert "pass@1  50.00" in done.stdout and "tests passed  75.00" in done.stdout
+    shares = [one | {"tests_passed": share} for one, share in zip(plain, (1.0, 0.5), strict=True)]
+    assert [json.loads(line) for line in out.read_text().splitlines()] == shares
 
 
 @pytest.mark.slow

@@ -9,6 +9,7 @@ import yaml
 
 from tests.pipeline import METHODS, cloned, restored, run, stages_run, typed
 from wmtp.dependencies import ROOT
+from wmtp.raw_data import FOLDERS
 
 pytestmark = pytest.mark.slow
 
@@ -20,6 +21,8 @@ pytestmark = pytest.mark.slow
         ("report.method", "dpo", "report.method 'dpo' is none of methods"),
         ("source.data.min_operations", "9", "min_operations 9 is above max_operations 4"),
         ("evaluation.humaneval_protocol", "nonesuch", "unknown protocol 'nonesuch', expected one of"),
+        ("evaluation.codecontests_protocol", "mbpp/bigcode", "'mbpp/bigcode' is a protocol of mbpp, not of codecontests"),
+        ("evaluation.benchmarks", "[mbpp,mbpp]", "benchmarks ['mbpp', 'mbpp']: expected one at least, each once"),
     ],
 )
 def test_a_bad_value_is_one_line(finished, key, value, expected):
@@ -39,12 +42,14 @@ def test_what_is_absent_is_one_line_and_the_next_repro_goes_on(finished, tmp_pat
     shutil.copytree(folder / "data/raw", mine / "data")
     weights, problems = mine / "policy/consolidated.pth", mine / "data/mbpp/mbpp.jsonl"
     kept, lines = weights.read_bytes(), problems.read_text().splitlines(keepends=True)
+    row = json.loads(lines[10])
+    lines[10] = json.dumps(row | {"code": "def f(xs):\n    return None"}) + "\n"
     weights.unlink()
     problems.write_text("".join([*lines[:2], '{"task_id": 7\n', *lines[3:]]))
     values = yaml.safe_load((folder / "params.yaml").read_text())
     values["source"]["checkpoint"] = {"kind": "local", "policy": str(mine / "policy"), "reference": str(mine / "reference")}
     values["source"]["data"] = {"kind": "local", "path": str(mine / "data")}
-    values["source"]["data"]["folders"] = {name: name for name in ("codecontests", "functions", "humaneval", "mbpp")}
+    values["source"]["data"]["folders"] = {name: name for name in FOLDERS}
     (folder / "params.yaml").write_text(yaml.safe_dump(values))
     for target, told, mend in (
         ("build-micro-model", f"{mine}/policy: expected consolidated*.pth (Meta)", lambda: weights.write_bytes(kept)),
@@ -53,7 +58,12 @@ def test_what_is_absent_is_one_line_and_the_next_repro_goes_on(finished, tmp_pat
         done = run(folder, "dvc", "repro", target, check=False)
         assert done.returncode != 0 and told in done.stdout + done.stderr and "Traceback" not in done.stdout + done.stderr
         mend()
-        run(folder, "dvc", "repro", target)
+        done = run(folder, "dvc", "repro", target)
+    assert "mbpp: left out, their references fail: mbpp/11" in done.stdout + done.stderr
+    found = json.loads((folder / "metrics/data.json").read_text())["mbpp"]
+    assert found == {"problems": 7, "references_passed": 7, "references_failed": ["mbpp/11"]}
+    kept = (folder / "data/processed/benchmarks/mbpp.jsonl").read_text().splitlines()
+    assert len(kept) == 7 and not any('"mbpp/11"' in line for line in kept)
 
 
 REAL = ROOT.parent / "shared" / "datasets"

@@ -8,7 +8,6 @@ import pytest
 
 from wmtp.problems import (
     mbpp_split,
-    parses,
     read_codecontests,
     read_functions,
     read_humaneval,
@@ -16,6 +15,7 @@ from wmtp.problems import (
     read_sanitized_mbpp,
     split_statement,
 )
+from wmtp.protocols import parsed
 from wmtp.records import AssertTests, Problem, RecordError
 
 DATASETS = Path(__file__).parents[2] / "shared" / "datasets"
@@ -72,7 +72,7 @@ def test_humaneval_is_read_whole():
     assert problems[0].statement.startswith("Check if in given list of numbers")
     for problem in problems:
         assert problem.reference.startswith(problem.prompt) and problem.prompt.endswith("\n")
-        assert problem.statement and parses(problem.reference)
+        assert problem.statement and parsed(problem.reference)
 
 
 @real_data
@@ -83,7 +83,7 @@ def test_mbpp_is_read_whole_and_split_as_published():
     assert not any("\r" in problem.model_dump_json() or "\\r\\n" in problem.model_dump_json() for problem in problems)
     assert {len(problem.tests.asserts) for problem in problems} == {3}
     assert [problem.task_id for problem in problems if problem.tests.setup] == ["mbpp/367", "mbpp/927"]
-    assert all(parses(problem.reference) for problem in problems)
+    assert all(parsed(problem.reference) for problem in problems)
 
 
 @real_data
@@ -351,4 +351,4 @@ def test_a_broken_humaneval_prompt_is_named(tmp_path, changes, message):
 
 
 def test_programs_that_defeat_the_parser_do_not_stop_the_reader():
-    assert parses("x = 1") and not parses("x = ") and not parses("(" * 5000) and not parses("-" * 100_000 + "1")
+    assert parsed("x = 1") and not any(map(parsed, ("x = ", "(" * 5000, "-" * 100_000 + "1")))

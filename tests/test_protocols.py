@@ -3,12 +3,14 @@
 import gzip
 import hashlib
 import json
+import re
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.real import real
 from wmtp.protocols import PROTOCOLS, Protocol, instruction_of, reachable, render_prompt, with_sampling, with_shots
 from wmtp.records import AssertTests, CallTests, CheckTests, Problem, StdioTests
 
@@ -22,6 +24,7 @@ CODE = Problem(
     prompt='\n\ndef twice(x):\n    """Twice."""\n',
     tests=CheckTests(test="def check(candidate):\n    assert candidate(2) == 4\n", entry_point="twice"),
 )
+PLUS = CODE.model_copy(update={"task_id": "Mbpp/2", "source": "mbpp", "prompt": '"""\nWrite twice.\nassert twice(2) == 4\n"""\n'})
 ASSERTS = ["assert twice(\n    2) == 4", "assert twice(3) == 6", "assert twice(0) == 0"]
 BASIC = Problem(
     task_id="mbpp/11",
@@ -43,7 +46,7 @@ CALLS = Problem(task_id="f/1", source="functions", group="f", statement="Twice."
 
 
 def problem_for(protocol: Protocol) -> Problem:
-    return {"humaneval": CODE, "mbpp": BASIC, "contest": CONTEST, "any": CALLS}[protocol.benchmark]
+    return {"humaneval": CODE, "mbpp": BASIC, "mbpp+": PLUS, "contest": CONTEST, "any": CALLS}[protocol.benchmark]
 
 
 def test_the_prompt_with_evaluation_notes_is_letter_by_letter_what_was_asked_for():
@@ -104,6 +107,11 @@ def test_prompts_and_programs_of_the_named_protocols():
     assert bigcode.program(CODE, "\n" + body) == CODE.prompt.strip() + "\n" + body
     assert evalplus.prompt(CODE, "alpaca") == CODE.prompt.strip() + "\n"
     assert evalplus.program(CODE, body + "\nprint(1)\n  oops") == CODE.prompt.strip() + "\n" + body
+    plus = PROTOCOLS["mbpp+/evalplus"]
+    assert plus.prompt(PLUS, "alpaca") == PLUS.prompt
+    whole = "import math\n\ndef other(): ...\n\ndef twice(x):\n    return 2 * x\n"
+    assert plus.cut(whole + "\nassert twice(1) == 2") == (whole, True)
+    assert plus.program(PLUS, whole) == whole.replace("def other(): ...\n\n", "").replace("math\n\n", "math\n")
     docstring = f'"""\nWrite twice.\n{ASSERTS[0]}\n"""\n'
     assert PROTOCOLS["mbpp/bigcode"].prompt(BASIC, "alpaca") == docstring
     assert PROTOCOLS["mbpp/bigcode"].program(BASIC, "def twice(x): ...") == docstring + "def twice(x): ..."
@@ -135,10 +143,13 @@ def test_three_shots_in_the_papers_form():
 
 
 def test_a_problem_of_another_benchmark_is_refused():
-    for name, problem in (("humaneval/codex", BASIC), ("mbpp/bigcode", CODE), ("contest/stdio", CALLS)):
-        with pytest.raises(ValueError, match=f"protocol {name}: problem {problem.task_id} has {problem.tests.kind} tests"):
+    for name, problem in (
+        ("humaneval/codex", BASIC), ("mbpp/bigcode", CODE), ("contest/stdio", CALLS), ("humaneval/evalplus", PLUS),
+        ("mbpp+/evalplus", CODE),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=f"protocol {re.escape(name)}: problem {problem.task_id} has {problem.tests.kind} tests"):
             PROTOCOLS[name].prompt(problem, "alpaca")
-        with pytest.raises(ValueError, match=name):
+        with pytest.raises(ValueError, match=re.escape(name)):
             PROTOCOLS[name].program(problem, "")
 
 
@@ -240,3 +251,17 @@ def test_humaneval_references_pass_after_the_reduction_to_what_is_reachable():
         exec(PROTOCOLS["humaneval/evalplus"].program(problem, solution), namespace)
         exec(problem.tests.test, namespace)
         namespace["check"](namespace[problem.tests.entry_point])
+
+
+@pytest.mark.slow
+def test_no_stop_and_no_reduction_hurts_an_mbpp_plus_reference():
+    protocol = PROTOCOLS["mbpp+/evalplus"]
+    with gzip.open(real("evalplus/MbppPlus-v0.2.0.jsonl.gz"), "rt") as lines:
+        for row in map(json.loads, lines):
+            tests = CheckTests(test="", entry_point=row["entry_point"])
+            problem = PLUS.model_copy(update={"task_id": row["task_id"], "prompt": row["prompt"], "tests": tests})
+            whole, kept = {}, {}
+            exec(row["canonical_solution"], whole)
+            exec(protocol.program(problem, protocol.cut(row["canonical_solution"])[0]), kept)
+            codes = [names[row["entry_point"]].__code__ for names in (whole, kept)]
+            assert codes[0].co_code == codes[1].co_code and not set(codes[0].co_names) & (set(whole) - set(kept)), row["task_id"]

@@ -28,6 +28,9 @@ def test_what_is_trained_on_and_what_is_held_out(corpus):
     assert all(601 <= int(task.partition("/")[2]) <= 636 for task in ids(corpus.training) if task.startswith("mbpp/"))
     assert ids(corpus.benchmarks["humaneval"]) == ["HumanEval/0", "HumanEval/1", "HumanEval/2"]
     assert ids(corpus.benchmarks["mbpp"]) == ["mbpp/11", "mbpp/12", "mbpp/13"]
+    assert len(corpus.benchmarks["codecontests"]) == 3
+    assert all(one.reference and one.tests.kind == "stdio" for one in corpus.benchmarks["codecontests"])
+    assert not {one.group for one in corpus.training} & {one.group for one in corpus.benchmarks["codecontests"]}
     assert not set(ids(corpus.training)) & {task for benchmark in corpus.benchmarks.values() for task in ids(benchmark)}
     assert not corpus.dropped
 
@@ -46,6 +49,14 @@ def test_programs_belong_to_training_problems_and_mbpp_trains_on_its_references(
 def test_a_training_folder_may_be_absent(raw, absent):
     shutil.rmtree(raw / absent)
     assert absent not in {problem.source for problem in read_raw(raw).training}
+
+
+def test_contest_problems_to_evaluate_on_may_be_absent_and_need_no_program(raw):
+    solutions = raw / "codecontests_test" / "solutions.jsonl.gz"
+    solutions.write_bytes(gzip.compress(b""))
+    assert [one.reference for one in read_raw(raw).benchmarks["codecontests"]] == [None] * 3
+    shutil.rmtree(raw / "codecontests_test")
+    assert list(read_raw(raw).benchmarks) == ["humaneval", "mbpp"]
 
 
 def test_mbpp_alone_gives_something_to_train_on(raw):
@@ -100,7 +111,7 @@ def test_a_file_may_be_plain_or_compressed_but_not_both(raw, corpus):
 
 def test_copies_the_jsonl_files_of_the_named_folders(raw, tmp_path):
     (raw / "mbpp" / "README.md").write_text("not data")
-    counts = copy_folders(raw, SAME_NAMES | {"codecontests": None, "functions": "functions"}, tmp_path / "out")
+    counts = copy_folders(raw, SAME_NAMES | {"codecontests": None, "codecontests_test": None, "functions": "functions"}, tmp_path / "out")
     assert counts == {"functions": 2, "humaneval": 1, "mbpp": 1}
     copied = sorted(str(path.relative_to(tmp_path / "out")) for path in (tmp_path / "out").rglob("*") if path.is_file())
     assert copied == ["functions/problems.jsonl.gz", "functions/solutions.jsonl.gz", "humaneval/HumanEval.jsonl.gz", "mbpp/mbpp.jsonl"]

@@ -21,7 +21,7 @@ from tests.test_cases import stages
 from wmtp import synthetic
 from wmtp.cases import agrees, one_change_mutants
 from wmtp.grammar import FAMILIES, function, lexical_tokens, program
-from wmtp.problems import mbpp_split, read_codecontests, read_functions, read_humaneval, read_mbpp
+from wmtp.problems import mbpp_split, read_codecontests, read_contest_benchmark, read_functions, read_humaneval, read_mbpp
 from wmtp.protocols import PROTOCOLS, instruction_of, render_prompt
 from wmtp.records import CallTests
 from wmtp.synthetic import TRAIN_FORMS, VALUES, TaskSource, corpus, generate, runs_right
@@ -29,6 +29,7 @@ from wmtp.synthetic import TRAIN_FORMS, VALUES, TaskSource, corpus, generate, ru
 DATASETS = Path(__file__).parents[2] / "shared" / "datasets"
 SIZE = {"n_train_compositions": 200, "n_eval_problems": 30, "min_operations": 1, "max_operations": 3}
 FILES = ("codecontests/problems", "codecontests/solutions", "functions/problems", "functions/solutions", "humaneval/HumanEval")
+UNSEEN = ("codecontests_test/problems", "codecontests_test/solutions")
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +44,7 @@ def lines(path: Path) -> list[dict]:
 
 
 def every_line(out: Path) -> dict[str, list[dict]]:
-    found = {name: lines(out / f"{name}.jsonl.gz") for name in FILES}
+    found = {name: lines(out / f"{name}.jsonl.gz") for name in FILES + UNSEEN}
     return {**found, "mbpp/mbpp": lines(out / "mbpp" / "mbpp.jsonl")}
 
 
@@ -82,10 +83,12 @@ def test_counts_are_the_lines_of_the_files(made):
         "codecontests_solutions": len(found["codecontests/solutions"]),
         "functions_problems": len(found["functions/problems"]),
         "functions_solutions": len(found["functions/solutions"]),
+        "codecontests_test_problems": len(found["codecontests_test/problems"]),
+        "codecontests_test_solutions": len(found["codecontests_test/solutions"]),
     }
     assert counts["humaneval"] == 30 and counts["codecontests_problems"] + counts["functions_problems"] == 200
     assert sorted(path.name for path in out.rglob("*.*")) == sorted(
-        ["HumanEval.jsonl.gz", "mbpp.jsonl", "problems.jsonl.gz", "problems.jsonl.gz", "solutions.jsonl.gz", "solutions.jsonl.gz"]
+        ["HumanEval.jsonl.gz", "mbpp.jsonl", *["problems.jsonl.gz"] * 3, *["solutions.jsonl.gz"] * 3]
     )
 
 
@@ -129,7 +132,7 @@ def test_right_programs_pass_every_test_and_wrong_ones_fail_some_without_a_crash
             assert len(passed) >= 6 and all(passed) == solution.is_correct, solution
 
 
-def test_references_of_both_benchmarks_pass_and_constants_fail(made):
+def test_references_of_all_benchmarks_pass_and_constants_fail(made):
     out, _ = made
     for problem in read_humaneval(out / "humaneval" / "HumanEval.jsonl.gz"):
         namespace = {}
@@ -145,6 +148,11 @@ def test_references_of_both_benchmarks_pass_and_constants_fail(made):
             exec(line, namespace)
         answers = {line.split(" == ")[1] for line in problem.tests.asserts}
         assert len(answers) > 1
+    unseen, dropped = read_contest_benchmark(out / "codecontests_test")
+    assert len(unseen) == SIZE["n_eval_problems"] and not dropped
+    for problem in unseen:
+        assert [run_contest(problem.reference, given) for given in problem.tests.inputs] == problem.tests.outputs
+        assert len(problem.tests.inputs) >= 6 and len(set(problem.tests.outputs)) > 1
 
 
 def test_the_span_is_where_the_two_programs_first_differ(made):
@@ -172,6 +180,7 @@ def test_no_composition_occurs_twice_and_none_of_the_benchmarks_in_training(made
     found = every_line(made[0])
     evaluation = [body_of(f"def f(xs):\n{line['canonical_solution']}") for line in found["humaneval/HumanEval"]]
     evaluation += [body_of(line["code"]) for line in found["mbpp/mbpp"]]
+    evaluation += [body_of(line["output"]) for line in found["codecontests_test/solutions"]]
     training = [(body_of(line["output"]), line["is_correct"]) for name in FILES[1:4:2] for line in found[name]]
     right = [text for text, is_correct in training if is_correct]
     assert len(set(evaluation)) == len(evaluation) and len(set(right)) == len(right)
@@ -235,7 +244,7 @@ def test_another_seed_gives_other_problems(made, tmp_path):
 def test_benchmarks_do_not_depend_on_how_much_is_trained_on(made, tmp_path):
     generate(tmp_path, seed=5, **{**SIZE, "n_train_compositions": 3})
     here, there = digests(tmp_path), digests(made[0])
-    for name in ("humaneval/HumanEval.jsonl.gz", "mbpp/mbpp.jsonl"):
+    for name in ("humaneval/HumanEval.jsonl.gz", "mbpp/mbpp.jsonl", *(f"{name}.jsonl.gz" for name in UNSEEN)):
         assert here[name] == there[name]
 
 

@@ -15,8 +15,9 @@ MAX_PROGRAMS = 20  # of either label from one problem; some have thousands
 
 
 def download(out: Path, *, codecontests: str, humaneval: str, mbpp: str, max_problems: int | None) -> dict[str, int]:
-    """CodeContests' training part, HumanEval and all parts of MBPP; counts of what was written. Streams, so memory stays flat."""
+    """CodeContests' training and test parts, HumanEval and all parts of MBPP; counts of what was written. Streams: memory stays flat."""
     counts = {"codecontests": _write_codecontests(out / "codecontests", rows(codecontests, "train"), max_problems)}
+    counts["codecontests_test"] = _write_codecontests(out / "codecontests_test", rows(codecontests, "test"), None, unsolved=True)
     columns = ("task_id", "prompt", "entry_point", "canonical_solution", "test")
     tests = ({name: row[name] for name in columns} for row in rows(humaneval, "test"))
     counts["humaneval"] = _write_lines(out / "humaneval" / "HumanEval.jsonl", tests)
@@ -35,8 +36,8 @@ def rows(name: str, part: str) -> Iterator[dict[str, Any]]:
         raise RecordError(f"data set {name}: {' '.join(str(error).split())}; check the id, the network and HF_TOKEN") from None
 
 
-def _write_codecontests(folder: Path, problems: Iterable[dict[str, Any]], limit: int | None) -> int:
-    """problems.jsonl and solutions.jsonl; a problem without a Python 3 program of either label is passed over."""
+def _write_codecontests(folder: Path, problems: Iterable[dict[str, Any]], limit: int | None, unsolved: bool = False) -> int:
+    """problems.jsonl and solutions.jsonl; a problem without a Python 3 program of either label is passed over, unless `unsolved`."""
     with atomic_path(folder / "solutions.jsonl") as solutions_path, open(solutions_path, "w") as solutions:
 
         def kept() -> Iterator[dict[str, Any]]:
@@ -45,7 +46,7 @@ def _write_codecontests(folder: Path, problems: Iterable[dict[str, Any]], limit:
                 if limit is not None and written >= limit:
                     return
                 problem, programs = codecontests_lines(row, number)
-                if programs:
+                if programs or unsolved:
                     solutions.writelines(json.dumps(program) + "\n" for program in programs)
                     written += 1
                     yield problem

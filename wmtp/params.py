@@ -76,6 +76,7 @@ class DataFolders(Section):
     functions: str | None = Field(description="folder of function problems with right and wrong programs")
     humaneval: str = Field(description="folder with HumanEval's jsonl")
     mbpp: str = Field(description="folder with MBPP's jsonl")
+    codecontests_test: str | None = Field(default=None, description="as codecontests: problems that are evaluated on, not trained on")
 
 
 class LocalData(Section):
@@ -86,7 +87,7 @@ class LocalData(Section):
 
 class HubData(Section):
     kind: Literal["huggingface"]
-    codecontests: str = Field(description="data set id")
+    codecontests: str = Field(description="data set id; its train part is trained on, its test part a benchmark")
     humaneval: str = Field(description="data set id")
     mbpp: str = Field(description="data set id")
     max_problems: Positive | None = Field(description="CodeContests problems to take; null: all")
@@ -223,8 +224,10 @@ class Training(Tuning):
 
 
 class Evaluation(Section):
+    benchmarks: list[Literal["humaneval", "mbpp", "codecontests"]] = Field(description="what is sampled and judged, each once")
     humaneval_protocol: str = Field(description="name in wmtp.protocols: prompt, stop strings, cut")
     mbpp_protocol: str = Field(description="name in wmtp.protocols: prompt, stop strings, cut")
+    codecontests_protocol: str = Field(description="name in wmtp.protocols: prompt, stop strings, cut")
     max_problems: Positive | None = Field(description="per benchmark; null: all")
     n_samples: Annotated[int, Field(ge=0)] = Field(description="sampled completions a problem, beside one greedy")
     temperature: Annotated[float, Field(gt=0)] = Field(description="of the sampled completions")
@@ -239,10 +242,13 @@ class Evaluation(Section):
     cpu_seconds: Annotated[float, Field(gt=0)] = Field(description="CPU time of one test program")
     wall_seconds: Annotated[float, Field(gt=0)] = Field(description="time on the clock of one test program")
     memory_mb: Positive = Field(description="2^20 bytes of address space of one test program")
+    all_tests: bool = Field(description="run the tests behind a program's first failure too, for the share of tests passed")
     accept_weak_sandbox: bool = Field(description="judge programs for data that the project did not make where files cannot be walled off")
 
     @model_validator(mode="after")
     def _measures_pass_at_1(self) -> "Evaluation":
+        if not self.benchmarks or len(set(self.benchmarks)) != len(self.benchmarks):
+            raise ValueError(f"benchmarks {self.benchmarks}: expected one at least, each once")
         if self.n_samples > 0 and 1 not in self.ks:
             raise ValueError(f"ks {self.ks} lacks 1: every comparison starts from pass@1")
         return self

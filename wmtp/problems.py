@@ -2,7 +2,6 @@
 
 import ast
 import re
-import warnings
 from collections import Counter
 from collections.abc import Container, Sequence
 from pathlib import Path
@@ -21,6 +20,7 @@ from wmtp.layouts import (
     items,
     rows,
 )
+from wmtp.protocols import parsed
 from wmtp.records import AssertTests, CallTests, CheckTests, Problem, RecordError, Solution, StdioTests
 
 Loaded = tuple[list[Problem], list[Solution], dict[str, int]]
@@ -90,6 +90,16 @@ def read_codecontests(folder: str | Path) -> Loaded:
     """problems.jsonl and solutions.jsonl of CodeContests form; groups are contest rounds. Also returns the drops by reason."""
     problems = [contest_problem(row, where) for where, row in rows(data_file(Path(folder), "problems"), ContestProblemLine)]
     return selected(problems, list(rows(data_file(Path(folder), "solutions"), ContestSolutionLine, key="solution_id")))
+
+
+def read_contest_benchmark(folder: str | Path) -> tuple[list[Problem], dict[str, int]]:
+    """A folder of CodeContests form to be solved, not trained on: each problem's first correct program is its reference."""
+    problems, solutions, dropped = read_codecontests(folder)
+    references: dict[str, str] = {}
+    for solution in solutions:
+        if solution.is_correct:
+            references.setdefault(solution.task_id, solution.program)
+    return [problem.model_copy(update={"reference": references.get(problem.task_id)}) for problem in problems], dropped
 
 
 def contest_problem(row: ContestProblemLine, where: str) -> Problem:
@@ -183,17 +193,7 @@ def unusable_program(row: SolutionLine) -> str:
         return "empty program"
     if isinstance(row, ContestSolutionLine) and not row.verified:
         return "unverified"
-    return "" if parses(row.output) else "not Python 3"
-
-
-def parses(program: str) -> bool:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # invalid escapes in old programs: legal, and not our text
-        try:
-            ast.parse(program)
-        except (SyntaxError, ValueError, RecursionError, MemoryError):
-            return False
-    return True
+    return "not Python 3" if parsed(row.output) is None else ""
 
 
 def check_references(row: SolutionLine, where: str, task_ids: Container[str], solution_ids: Container[str]) -> None:

@@ -7,6 +7,7 @@ Sources: Chen et al. 2021 (2107.03374) for HumanEval, Austin et al. 2021 (2108.0
 import ast
 import hashlib
 import json
+import warnings
 from collections.abc import Collection, Iterable, Sequence
 from typing import Any, Literal
 
@@ -56,7 +57,7 @@ class Protocol(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     name: str
-    benchmark: Literal["humaneval", "mbpp", "contest", "any"]
+    benchmark: Literal["humaneval", "mbpp", "mbpp+", "contest", "any"]
     prompt_form: PromptForm
     stops: tuple[str, ...] = ()
     post: Post = Field(description="the program is the completion, prompt + completion, or of the latter what the entry point reaches")
@@ -109,8 +110,10 @@ class Protocol(BaseModel):
 
     def _check(self, problem: Problem) -> None:
         kind = {"check": "humaneval", "asserts": "mbpp", "stdio": "contest"}.get(problem.tests.kind)
+        kind = "mbpp+" if (kind, problem.source) == ("humaneval", "mbpp") else kind
         if self.benchmark not in ("any", kind):
-            raise ValueError(f"protocol {self.name}: problem {problem.task_id} has {problem.tests.kind} tests; expected {self.benchmark}")
+            found = f"has {problem.tests.kind} tests" + (" and comes of MBPP+" if kind == "mbpp+" else "")
+            raise ValueError(f"protocol {self.name}: problem {problem.task_id} {found}; expected {self.benchmark}")
 
     def _three_shots(self) -> tuple[str, ...]:
         if len(self.shots) != 3:
@@ -153,14 +156,23 @@ def reachable(source: str, entry_point: str, test_names: Collection[str] = ()) -
     """
     lines = source.splitlines(keepends=True)
     for end in range(len(lines), 0, -1):
-        try:
-            tree = ast.parse("".join(lines[:end]))
-        except (SyntaxError, ValueError, RecursionError, MemoryError):
+        tree = parsed("".join(lines[:end]))
+        if tree is None:
             continue
         kept = needed_statements(tree.body, entry_point, test_names)
         texts = ["".join(lines[first_line(node) - 1 : node.end_lineno]).rstrip("\n") for node in kept]
         return "\n".join([*texts, ""]) if kept else source
     return source
+
+
+def parsed(source: str) -> ast.Module | None:
+    """None where it is no Python 3. Says nothing of odd escapes: it is not our text."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            return ast.parse(source)
+        except (SyntaxError, ValueError, RecursionError, MemoryError):
+            return None
 
 
 def first_line(node: ast.stmt) -> int:
@@ -195,6 +207,7 @@ CODEX_STOPS = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")
 BIGCODE_STOPS = ("\nclass", "\ndef", "\n#", "\n@", "\nprint", "\nif", "\n```")
 BIGCODE_MBPP_STOPS = ("\nclass", "\nassert", '\n"""', "\nprint", "\nif", "\n<|/", "\n```")
 EVALPLUS_STOPS = ("\nif __name__", "\ndef main(", "\nprint(", "\ndef ", "\nclass ", "\nimport ", "\nfrom ", "\nassert ")
+EVALPLUS_MBPP_STOPS = ("\nif __name__", "\ndef main(", "\nprint(", '\n"""', "\nassert")
 CONTEST_STOPS = ('\n"""', "\n```")
 GREEDY = {"n_samples": 1, "temperature": 0.0}
 MANY = {"n_samples": 1000, "temperature": 0.8}  # Gloeckle et al. 2024 take the best of five temperatures from 0.5 to 0.9
@@ -207,6 +220,7 @@ PROTOCOLS: dict[str, Protocol] = {
         ("humaneval/codex", "humaneval", "code", "continuation", CODEX_STOPS, {"n_samples": 200, **NUCLEUS}),
         ("humaneval/bigcode", "humaneval", "code-stripped", "continuation", BIGCODE_STOPS, {"n_samples": 200, **NUCLEUS}),
         ("humaneval/evalplus", "humaneval", "code-one-newline", "reachable", EVALPLUS_STOPS, {**GREEDY, "max_tokens": 768}),
+        ("mbpp+/evalplus", "mbpp+", "code-one-newline", "reachable", EVALPLUS_MBPP_STOPS, {**GREEDY, "max_tokens": 768}),
         ("mbpp/3shot", "mbpp", "mbpp-shots", "completion", ("\n[DONE]", "[DONE]"), {**GREEDY, "max_tokens": 512}),
         ("mbpp/bigcode", "mbpp", "mbpp-docstring", "continuation", BIGCODE_MBPP_STOPS, {"n_samples": 200, **NUCLEUS}),
         ("contest/stdio", "contest", "statement-docstring", "completion", CONTEST_STOPS, {**MANY, "max_tokens": 1024}),

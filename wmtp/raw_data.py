@@ -1,9 +1,11 @@
-"""data/raw: the four folders in their sources' own layouts, brought there by fetch-data and read as records by prepare.
+"""data/raw: folders in their sources' own layouts, brought there by fetch-data and read as records by prepare.
 
-    codecontests/  problems.jsonl[.gz], solutions.jsonl[.gz]        humaneval/  HumanEval.jsonl[.gz]
-    functions/     problems.jsonl[.gz], solutions.jsonl[.gz]        mbpp/       mbpp.jsonl[.gz]
+    codecontests/  problems.jsonl[.gz], solutions.jsonl[.gz]        humaneval/          HumanEval.jsonl[.gz]
+    functions/     problems.jsonl[.gz], solutions.jsonl[.gz]        mbpp/               mbpp.jsonl[.gz]
+                                                                    codecontests_test/  problems.jsonl[.gz], solutions.jsonl[.gz]
 
-The two benchmarks must be there, and at least one of the first two, or MBPP's training part, gives something to train on.
+The first two benchmarks must be there, the third may, and at least one of the first two folders, or MBPP's training part, gives something
+to train on.
 """
 
 import shutil
@@ -16,7 +18,7 @@ from wmtp import problems
 from wmtp.layouts import data_file
 from wmtp.records import Problem, RecordError, Solution
 
-FOLDERS = ("codecontests", "functions", "humaneval", "mbpp")
+FOLDERS = ("codecontests", "functions", "humaneval", "mbpp", "codecontests_test")
 
 
 class Corpus(NamedTuple):
@@ -84,4 +86,7 @@ def read(folders: Mapping[str, Path]) -> Corpus:
         "humaneval": problems.read_humaneval(data_file(folders["humaneval"], "HumanEval")),
         "mbpp": [problem for problem in mbpp if problems.mbpp_split(problem) == "test"],
     }
+    if "codecontests_test" in folders and folders["codecontests_test"].is_dir():
+        benchmarks["codecontests"], reasons = problems.read_contest_benchmark(folders["codecontests_test"])
+        dropped.update({f"codecontests_test: {reason}": count for reason, count in reasons.items()})
     return Corpus(training, solutions, benchmarks, dropped)

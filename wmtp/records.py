@@ -14,7 +14,7 @@ import tempfile
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -35,6 +35,10 @@ class StdioTests(Record):
     outputs: list[str]
     checker: Literal["exact", "token", "token-caseless", "token-float1e-6", "unverified"] = "token"
 
+    @property
+    def n_tests(self) -> int:
+        return len(self.inputs)
+
 
 class CallTests(Record):
     """Expressions evaluated after `setup`; `str(value)` must equal `expected`."""
@@ -44,6 +48,10 @@ class CallTests(Record):
     calls: list[str]
     expected: list[str]
 
+    @property
+    def n_tests(self) -> int:
+        return len(self.calls)
+
 
 class AssertTests(Record):
     """MBPP: the program, then `setup`, then each assert statement, in this order."""
@@ -52,6 +60,10 @@ class AssertTests(Record):
     setup: str = ""
     asserts: list[str]
 
+    @property
+    def n_tests(self) -> int:
+        return len(self.asserts)
+
 
 class CheckTests(Record):
     """HumanEval: `test` defines check(candidate), called with the function named `entry_point`."""
@@ -59,6 +71,7 @@ class CheckTests(Record):
     kind: Literal["check"] = "check"
     test: str
     entry_point: str
+    n_tests: ClassVar[int] = 1  # one function, which its first failure ends
 
 
 Tests = Annotated[StdioTests | CallTests | AssertTests | CheckTests, Field(discriminator="kind")]
@@ -117,6 +130,7 @@ class Verdict(Record):
     sample: int
     verdict: Literal["pass", "fail", "error", "timeout", "memory", "output-limit", "crash", "harness-error"]
     detail: str = ""
+    tests_passed: float | None = Field(default=None, description="share of the tests; None: those behind the first failure did not run")
 
 
 @contextlib.contextmanager

@@ -14,10 +14,13 @@ import random
 import signal
 import sys
 import types
+from collections.abc import Callable
 
 from wmtp import checkers, confine
 from wmtp.sandbox import Ended, HarnessError, Limits, Sandbox
 from wmtp.session import CannotCross, Names, Raised, Session
+
+Test = Callable[[], object]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,6 +29,7 @@ class Decision:
     detail: str
     starved: bool = False
     inside: bool = False
+    passed: int = 0
 
 
 @functools.lru_cache(maxsize=4096)
@@ -64,14 +68,14 @@ def helpers(prompt: str, names: Names) -> None:
         return
 
 
-def run_check(session: Session, job: dict, tests: dict) -> None:
+def check_test(session: Session, job: dict, tests: dict) -> list[Test]:
     names = Names(session)
     helpers(job["prompt"], names)
     names.pop(tests["entry_point"], None)
     exec(compiled(tests["test"]), names)
     if "check" not in names:
         raise HarnessError("the test defines no check(candidate); mend the problem")
-    names["check"](session.resolve(tests["entry_point"]))
+    return [lambda: names["check"](session.resolve(tests["entry_point"]))]
 
 
 def with_setup(session: Session, tests: dict, statements: list[str]) -> Names:
@@ -84,22 +88,24 @@ def with_setup(session: Session, tests: dict, statements: list[str]) -> Names:
     return names
 
 
-def run_asserts(session: Session, job: dict, tests: dict) -> None:
+def assert_tests(session: Session, job: dict, tests: dict) -> list[Test]:
     codes = [compiled(statement) for statement in tests["asserts"]]
     names = with_setup(session, tests, tests["asserts"])
-    for code in codes:
-        exec(code, names)
+    return [functools.partial(exec, code, names) for code in codes]
 
 
-def run_calls(session: Session, job: dict, tests: dict) -> None:
+def call_tests(session: Session, job: dict, tests: dict) -> list[Test]:
     codes = [compiled(call, "eval") for call in tests["calls"]]
     names = with_setup(session, tests, tests["calls"])
-    for code, call, expected in zip(codes, tests["calls"], tests["expected"], strict=True):
+
+    def check(code: types.CodeType, call: str, expected: str) -> None:
         found = str(eval(code, names))
         assert found == expected, f"{call}: expected {expected[:80]}, found {found[:80]}"
 
+    return [functools.partial(check, *one) for one in zip(codes, tests["calls"], tests["expected"], strict=True)]
 
-RUN = {"check": run_check, "asserts": run_asserts, "calls": run_calls}
+
+TESTS = {"check": check_test, "asserts": assert_tests, "calls": call_tests}
 
 
 def inside_source(tests: dict) -> str:
@@ -113,23 +119,48 @@ def inside_source(tests: dict) -> str:
 
 
 def outside(session: Session, job: dict) -> Decision:
-    """Loads the program, then runs the tests on this side; pass only if they ran to their end."""
-    try:
+    """Loads the program, then runs the tests on this side; pass only if they ran to their end, else what the first failure decides.
+
+    Tests behind it run where the job wants all of them, as long as the sample lives.
+    """
+    tests: list[Test] = []
+
+    def begin() -> None:
         session.load(job["program"])
-        RUN[job["tests"]["kind"]](session, job, job["tests"])
+        tests.extend(TESTS[job["tests"]["kind"]](session, job, job["tests"]))
+
+    failure, passed = failure_of(session, begin), 0
+    for test in tests:
+        if session.sample.ended is not None or (failure and not job["all_tests"]):
+            break
+        try:
+            found = failure_of(session, test)
+        except (CannotCross, HarnessError):
+            if failure is None:
+                raise
+            break
+        passed += found is None
+        failure = failure or found
+    return dataclasses.replace(failure or Decision("pass", ""), passed=passed)
+
+
+def failure_of(session: Session, step: Test) -> Decision | None:
+    """What a step decides against the program, if anything."""
+    failure = None
+    try:
+        step()
     except (CannotCross, HarnessError):
         raise
     except Raised as raised:
-        return Decision("error", str(raised))
+        failure = Decision("error", str(raised))
     except Exception as error:  # a test is any Python, and fails by whatever it raises
-        if session.sample.ended is not None:
-            raise session.sample.ended from None
         if hasattr(error, "of_sample"):
-            return Decision("error", error.of_sample)
-        return Decision("fail", f"{type(error).__name__}: {error}".removesuffix(": "))
-    if session.sample.ended is not None:
-        raise session.sample.ended  # the test swallowed it
-    return Decision("pass", "")
+            failure = Decision("error", error.of_sample)
+        else:
+            failure = Decision("fail", f"{type(error).__name__}: {error}".removesuffix(": "))
+    if (ended := session.sample.ended) is not None:  # whatever the test made of it
+        return Decision(ended.verdict, ended.detail, ended.starved)
+    return failure
 
 
 def inside(session: Session, job: dict, reason: str) -> Decision:
@@ -141,7 +172,7 @@ def inside(session: Session, job: dict, reason: str) -> Decision:
         return Decision("fail" if raised.name == "AssertionError" else "error", f"{raised}; {note}", inside=True)
     except Ended as ended:
         return Decision(ended.verdict, f"{ended.detail}; {note}", ended.starved, inside=True)
-    return Decision("pass", note, inside=True)
+    return Decision("pass", note, inside=True, passed=len(job["tests"].get("asserts") or job["tests"].get("calls") or [""]))
 
 
 def decide_function(sandbox: Sandbox, job: dict) -> Decision:
@@ -156,17 +187,29 @@ def decide_function(sandbox: Sandbox, job: dict) -> Decision:
 
 
 def decide_stdio(sandbox: Sandbox, job: dict) -> Decision:
-    """Verdict on a program that reads stdin: a fresh sample for each input, up to the first that does not pass."""
-    tests = job["tests"]
-    for number, (given, expected) in enumerate(zip(tests["inputs"], tests["outputs"], strict=True), 1):
+    """Verdict on a program that reads stdin: a fresh sample for each input, up to the first that does not pass.
+
+    Where the job wants all tests, wrong answers and errors end nothing; a time-out and the like do, since each may cost the whole limit.
+    """
+    failure, passed = None, 0
+    for number in range(len(job["tests"]["inputs"])):
         watch(sandbox.limits)
-        found = run_stdio(sandbox, job["program"], given)
-        where = f"input {number} of {len(tests['inputs'])}: "
-        if isinstance(found, Decision):
-            return dataclasses.replace(found, detail=where + found.detail)
-        if not checkers.CHECKERS[tests["checker"]](found, expected):
-            return Decision("fail", f"{where}expected {expected.strip()[:80]!r}, found {found.strip()[:80]!r}")
-    return Decision("pass", "")
+        found = failure_on(sandbox, job["program"], job["tests"], number)
+        passed += found is None
+        failure = failure or found
+        if found and not (job["all_tests"] and found.verdict in ("fail", "error")):
+            break
+    return dataclasses.replace(failure or Decision("pass", ""), passed=passed)
+
+
+def failure_on(sandbox: Sandbox, program: str, tests: dict, number: int) -> Decision | None:
+    given, expected, where = tests["inputs"][number], tests["outputs"][number], f"input {number + 1} of {len(tests['inputs'])}: "
+    found = run_stdio(sandbox, program, given)
+    if isinstance(found, Decision):
+        return dataclasses.replace(found, detail=where + found.detail)
+    if checkers.CHECKERS[tests["checker"]](found, expected):
+        return None
+    return Decision("fail", f"{where}expected {expected.strip()[:80]!r}, found {found.strip()[:80]!r}")
 
 
 def run_stdio(sandbox: Sandbox, program: str, given: str) -> str | Decision:

@@ -37,6 +37,7 @@ N_SHORT, N_LONG = 12, 28
 MBPP_ASSERTS = 3
 MAX_DRAWS = 20_000
 PROBLEMS_PER_ROUND = 5
+FIRST_UNSEEN = 10**6  # number of the first contest problem to evaluate on: no round of the training problems comes so far
 MBPP_IDS = {"prompt": (1, 10), "test": (11, 510), "validation": (511, 546), "train": (601, 636)}
 Use = Literal["train", "evaluate", "show"]
 TRAIN_FORMS: tuple[Form, ...] = ("humaneval", "mbpp", "humaneval", "mbpp", "contest")
@@ -207,7 +208,15 @@ def remarks(seed: int, n_digits: int) -> Iterator[str]:
 
 
 def solution_lines(task: Task, task_id: str) -> list[dict[str, Any]]:
-    """The right and the wrong program, each with the characters of its own text at which the two first differ."""
+    """The right and the wrong program, each with the characters of its own text at which the two first differ.
+
+    A task to evaluate on has no wrong one, and nothing that would lie beside its program.
+    """
+    if task.mutation is None:
+        text = program(task.composition, task.form)
+        assert all(runs_right(text, task.form, task.cases)), f"{task_id}: {text}"
+        line = {"task_id": task_id, "solution_id": f"{task_id}#right", "output": text, "is_correct": True, "verified": True}
+        return [line | {"origin": "synthetic"}]
     right, wrong = (task.remark + program(one, task.form) for one in (task.composition, task.mutation.composition))
     lines = []
     for text, other, span, is_correct in zip((right, wrong), ("wrong", "right"), first_difference(right, wrong), (True, False)):
@@ -244,9 +253,9 @@ def generate(
     max_operations: int,
     remark_digits: int = 0,
 ) -> dict[str, int]:
-    """Writes codecontests/, functions/, humaneval/ and mbpp/ under `out`; returns the number of lines of each file.
+    """Writes the folders of wmtp.raw_data under `out`; returns the number of lines of each file.
 
-    Training: one right and one wrong program for each composition. Evaluation: `n_eval_problems` in each of the two benchmarks. No
+    Training: one right and one wrong program for each composition. Evaluation: `n_eval_problems` in each of the three benchmarks. No
     composition occurs twice anywhere. ValueError where the grammar has too few compositions, or MBPP's ids (500) too few numbers.
     """
     first, last = MBPP_IDS["test"]
@@ -257,6 +266,7 @@ def generate(
     humaneval = [source.draw("humaneval", next(families), "evaluate") for _ in range(n_eval_problems)]
     numbers = [i for name, (low, high) in MBPP_IDS.items() for i in range(low, high + 1) if name != "test" or i < first + n_eval_problems]
     mbpp = [source.draw("mbpp", next(families), "evaluate") for _ in numbers]
+    unseen = [source.draw("contest", next(families), "evaluate") for _ in range(n_eval_problems)]
     source.hold_out()
     forms = itertools.cycle(TRAIN_FORMS)
     numbered = track(range(n_train_compositions), "training problems", unit="problems")
@@ -269,11 +279,13 @@ def generate(
         "mbpp": write_lines(out / "mbpp" / "mbpp.jsonl", map(mbpp_line, mbpp, numbers)),
         **write_folder(out / "codecontests", contests, contest_problem_line),
         **write_folder(out / "functions", functions, function_problem_line),
+        **write_folder(out / "codecontests_test", unseen, contest_problem_line, FIRST_UNSEEN),
     }
 
 
-def write_folder(folder: Path, tasks: list[Task], problem_line: Callable[[Task, int], dict[str, Any]]) -> dict[str, int]:
-    problems = [problem_line(task, number) for number, task in enumerate(tasks)]
+def write_folder(folder: Path, tasks: list[Task], problem_line: Callable[[Task, int], dict[str, Any]], first: int = 0) -> dict[str, int]:
+    """Problems numbered from `first`, so that no two folders share a round."""
+    problems = [problem_line(task, number) for number, task in enumerate(tasks, first)]
     solutions = [line for task, problem in zip(tasks, problems) for line in solution_lines(task, problem["task_id"])]
     return {
         f"{folder.name}_problems": write_lines(folder / "problems.jsonl.gz", problems),

@@ -28,11 +28,14 @@ __all__ = ["Limits", "Outcome", "WeakSandbox", "judge", "require_strong", "self_
 @dataclasses.dataclass(frozen=True)
 class Outcome:
     """`verdict`: one of records.VERDICTS. `detail`: one line for people. `inside`: values could not cross the sandbox's border, so the
-    tests ran beside the program, where a hostile one could forge them; the detail says so too."""
+    tests ran beside the program, where a hostile one could forge them; the detail says so too. `passed`: tests, counted to the first
+    failure unless all were asked for. `retried`: the first verdict was in doubt, this is the second."""
 
     verdict: str
     detail: str
     inside: bool = False
+    passed: int = 0
+    retried: bool = False
 
 
 class Referee:
@@ -115,24 +118,31 @@ def _run(jobs: Sequence[tuple[str, str]], limits: Limits, workers: int, on_done:
     return decisions
 
 
-def _jobs(jobs: Sequence[tuple[Problem, str]]) -> list[tuple[str, str]]:
+def _jobs(jobs: Sequence[tuple[Problem, str]], all_tests: bool) -> list[tuple[str, str]]:
     """(problem, program) as JSON lines for a referee; jobs of one problem share the first, which may be long."""
     texts: dict[int, str] = {}
     for problem, _ in jobs:
         if id(problem) not in texts:
-            texts[id(problem)] = json.dumps({"prompt": problem.prompt, "tests": problem.tests.model_dump()}, sort_keys=True)
+            told = {"prompt": problem.prompt, "tests": problem.tests.model_dump(), "all_tests": all_tests}
+            texts[id(problem)] = json.dumps(told, sort_keys=True)
     return [(texts[id(problem)], json.dumps({"program": program})) for problem, program in jobs]
 
 
-def judge(jobs: Sequence[tuple[Problem, str]], limits: Limits, workers: int, on_done: Callable[[int], None] | None = None) -> list[Outcome]:
-    """Outcomes in the order of `jobs` (problem, complete program); equal pairs run once.
+def judge(
+    jobs: Sequence[tuple[Problem, str]],
+    limits: Limits,
+    workers: int,
+    on_done: Callable[[int], None] | None = None,
+    all_tests: bool = False,
+) -> list[Outcome]:
+    """Outcomes in the order of `jobs` (problem, complete program); equal pairs run once. `all_tests` changes no verdict.
 
     `on_done` gets the number of jobs decided so far, now and then. Time-outs by the clock that used less CPU time than the limit, and
     failures of the harness, are run once more, alone, before they stand.
     """
     if workers < 1:
         raise ValueError(f"workers: expected at least 1, found {workers}")
-    lines = _jobs(jobs)
+    lines = _jobs(jobs, all_tests)
     copies = collections.Counter(lines)
     unique = list(copies)
     done = 0
@@ -148,7 +158,8 @@ def judge(jobs: Sequence[tuple[Problem, str]], limits: Limits, workers: int, on_
     for index, decision in zip(doubtful, _run([unique[index] for index in doubtful], limits, 1, lambda _: None), strict=True):
         decisions[index] = decision
     outcomes = {
-        line: Outcome(decision["verdict"], decision["detail"], decision["inside"]) for line, decision in zip(unique, decisions, strict=True)
+        line: Outcome(*(found[key] for key in ("verdict", "detail", "inside")), passed=found.get("passed", 0), retried=index in doubtful)
+        for index, (line, found) in enumerate(zip(unique, decisions, strict=True))
     }
     return [outcomes[line] for line in lines]
 

@@ -1,8 +1,10 @@
 """python -m wmtp.judge PROBLEMS SAMPLES --out VERDICTS: a verdict on each sample, and pass@k with its standard error."""
 
 import argparse
+import functools
 import json
 import os
+import statistics
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -33,6 +35,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--protocol", choices=sorted(PROTOCOLS), help="cut and put completions together as this does (default: as they are)"
     )
+    parser.add_argument("--all-tests", action="store_true", help="run those behind a program's first failure too: the share that passes")
     parser.add_argument(
         "--accept-weak-sandbox", action="store_true", help="judge although programs can reach this user's files; see docs/judge.md"
     )
@@ -71,7 +74,9 @@ def suites_of(path: str, limits: Limits) -> Suites:
     return read_suites(path, limits) if is_evalplus(path) else Suites(read_problems(path), {}, {}, {})
 
 
-def judged(jobs: Sequence[tuple[Problem, str]], special: Mapping[str, Limits], limits: Limits, workers: int) -> list[Outcome]:
+def judged(
+    jobs: Sequence[tuple[Problem, str]], special: Mapping[str, Limits], limits: Limits, workers: int, all_tests: bool = False
+) -> list[Outcome]:
     """As `judge`, with the limits that some task_ids have of their own; jobs with equal limits run together."""
     by_limits: dict[Limits, list[int]] = {}
     for index, (problem, _) in enumerate(jobs):
@@ -80,10 +85,8 @@ def judged(jobs: Sequence[tuple[Problem, str]], special: Mapping[str, Limits], l
     with Bar("judge", len(jobs), unit="programs") as bar:
         for own, indices in by_limits.items():
             before = bar.done
-            made = judge(
-                [jobs[i] for i in indices], own, workers, on_done=lambda done, before=before: bar.advance(before + done - bar.done)
-            )
-            outcomes |= zip(indices, made)
+            shown = functools.partial(lambda before, done: bar.advance(before + done - bar.done), before)
+            outcomes |= zip(indices, judge([jobs[i] for i in indices], own, workers, shown, all_tests))
     return [outcomes[index] for index in range(len(jobs))]
 
 
@@ -91,10 +94,12 @@ def run(given: argparse.Namespace, ks: Sequence[int], limits: Limits) -> int:
     must_be_writable(given.out)
     suites = suites_of(given.problems, limits)
     samples = read_samples(given.samples, suites.base, PROTOCOLS[given.protocol] if given.protocol else None)
-    results = {"base": judged([(suites.base[s.task_id], s.program) for s in samples], suites.limits, limits, given.workers)}
+    jobs = [(suites.base[sample.task_id], sample.program) for sample in samples]
+    results = {"base": judged(jobs, suites.limits, limits, given.workers, given.all_tests)}
+    shares = [made.passed / problem.tests.n_tests for made, (problem, _) in zip(results["base"], jobs)] if given.all_tests else None
     if suites.plus:
         results["plus"] = plus(suites, samples, results["base"], limits, given.workers)
-    write(given.out, samples, results)
+    write(given.out, samples, results, shares)
     failures = sum(any(made[i].verdict == "harness-error" for made in results.values()) for i in range(len(samples)))
     if failures:
         print(f"judge: {failures} samples could not be judged ({given.out} says why); no pass@k without them", file=sys.stderr)
@@ -104,6 +109,8 @@ def run(given: argparse.Namespace, ks: Sequence[int], limits: Limits) -> int:
         print(f"inputs left out, of which the reference has no answer to compare with: {counts(suites.left_out)}")
     for name, outcomes in results.items():
         report(samples, outcomes, ks, f"{name} " if suites.plus else "")
+    if shares:
+        print(f"tests passed  {100 * mean_of_means(samples, shares):.2f}")
     few = left_out(samples, ks)
     if few:
         print(f"left out: {', '.join(f'pass@{k}' for k in few)}; some problem has fewer samples")
@@ -135,7 +142,15 @@ def report(samples: Sequence[Sample], outcomes: Sequence[Outcome], ks: Sequence[
             print(f"{name}pass@{k}  {100 * figures[f'pass@{k}']:.2f} ± {100 * figures[f'pass@{k}_stderr']:.2f}")
 
 
-def write(out: Path, samples: Sequence[Sample], results: Mapping[str, Sequence[Outcome]]) -> None:
+def mean_of_means(samples: Sequence[Sample], shares: Sequence[float]) -> float:
+    """Over problems, as pass@1 is: of the mean share of tests that a problem's samples pass."""
+    by_problem: dict[str, list[float]] = {}
+    for sample, share in zip(samples, shares, strict=True):
+        by_problem.setdefault(sample.task_id, []).append(share)
+    return statistics.fmean(statistics.fmean(found) for found in by_problem.values())
+
+
+def write(out: Path, samples: Sequence[Sample], results: Mapping[str, Sequence[Outcome]], shares: Sequence[float] | None) -> None:
     """Verdict and detail are those of the last suite; where there are two, a field named like each says its verdict."""
     import gzip
 
@@ -143,6 +158,7 @@ def write(out: Path, samples: Sequence[Sample], results: Mapping[str, Sequence[O
     lines = [
         {"task_id": sample.task_id, "sample": sample.number, "passed": made.verdict == "pass", "verdict": made.verdict}
         | ({name: outcomes[index].verdict for name, outcomes in results.items()} if len(results) > 1 else {})
+        | ({"tests_passed": shares[index]} if shares else {})
         | {"detail": made.detail}
         for index, (sample, made) in enumerate(zip(samples, last, strict=True))
     ]
