@@ -14,7 +14,8 @@ METHODS = ("ntp", "baseline", "verifiable", "rho1")
 EACH = (
     "fetch-checkpoint", "fetch-data", "convert-meta-checkpoint", "build-micro-model", "prepare-and-validate-datasets",
     "warm-up", "tune-reference", "score-reference", "critic-pretrain", "score-critic", "train@verifiable", "sample@rho1",
-    "measure-heads@baseline", "evaluate-humaneval-mbpp@start", "compare",
+    "measure-heads@baseline", "evaluate-humaneval-mbpp@start", "show-weights@rho1",
+    "compare", "write-page",
 )  # fmt: skip
 
 
@@ -85,9 +86,8 @@ def stages_run(done: subprocess.CompletedProcess) -> set[str]:
 
 def after(*methods: str) -> set[str]:
     """The stages that follow a change in the training of these methods."""
-    return {f"{stage}@{method}" for method in methods for stage in ("train", "sample", "measure-heads", "evaluate-humaneval-mbpp")} | {
-        "compare"
-    }
+    own = ("train", "sample", "measure-heads", "evaluate-humaneval-mbpp", "show-weights")
+    return {f"{stage}@{method}" for method in methods for stage in own} | {"compare", "write-page"}
 
 
 def restored(folder: Path) -> None:

@@ -37,6 +37,16 @@ def test_the_committed_file_is_valid():
     assert validate(COMMITTED).training.beta == 0.9
 
 
+def test_a_benchmark_that_local_data_lack_is_told_before_anything_runs():
+    values = changed("evaluation.benchmarks", ["mbpp", "codecontests"])
+    folders = {"codecontests": "a", "functions": None, "humaneval": "b", "mbpp": "c"}
+    values["source"]["data"] = {"kind": "local", "path": "data", "folders": folders}
+    with pytest.raises(ParameterError, match=r"evaluation\.benchmarks: codecontests, but .*codecontests_test is null"):
+        validate(values)
+    folders["codecontests_test"] = "d"
+    assert validate(values).evaluation.benchmarks == ["mbpp", "codecontests"]
+
+
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [

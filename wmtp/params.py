@@ -305,6 +305,15 @@ class Params(Section):
         return self
 
     @model_validator(mode="after")
+    def _data_has_the_benchmarks(self) -> "Params":
+        data = self.source.data
+        if "codecontests" in self.evaluation.benchmarks and data.kind == "local" and data.folders.codecontests_test is None:
+            raise ValueError(
+                "evaluation.benchmarks: codecontests, but source.data.folders.codecontests_test is null; name its folder, or take it out"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _whole_pairs(self) -> "Params":
         for name, block in self.methods.items():
             idle = name in SHARED_ARMS and name not in self.study.arms
