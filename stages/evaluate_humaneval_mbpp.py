@@ -13,18 +13,21 @@ def work(params: Any, track: Any, completions: str, folder: str, out: str, metri
     own_data = params.source.data.kind == "synthetic"
     judge.require_strong(own_data or settings.accept_weak_sandbox, "set evaluation.accept_weak_sandbox")
     limits = judge.Limits(settings.cpu_seconds, settings.wall_seconds, settings.memory_mb)
-    found, figures, judged = list(read_jsonl(completions, Completion)), {}, []
+    found, figures, judged, n_retried = list(read_jsonl(completions, Completion)), {}, [], 0
     for name, file in benchmarks.files_of(settings, folder).items():
         problems = list(read_jsonl(file, Problem))[: settings.max_problems]
         own = [completion for completion in found if completion.benchmark == name]
         protocol = benchmarks.protocol_of(name, settings)
         known = {problem.task_id: problem for problem in problems}
         found_here = verdicts.judged(own, known, protocol, limits, settings.workers, settings.all_tests)
-        figures[name] = verdicts.metrics_of(found_here, own, protocol, sha256_file(file), settings.ks, limits)
+        shared = verdicts.conditions(protocol, sha256_file(file), limits, params.data.template)
+        figures[name] = verdicts.metrics_of(found_here, own, protocol, settings.ks, shared)
         judged += found_here.verdicts
+        n_retried += found_here.n_retried
     write_jsonl(out, judged)
     write_text(metrics, json.dumps(figures, indent=2) + "\n")
-    return {f"{name}.{key}": value for name in figures for key, value in figures[name].items() if isinstance(value, int | float)}
+    told = {f"{name}.{key}": value for name in figures for key, value in figures[name].items() if isinstance(value, int | float)}
+    return told | {"retried": n_retried}
 
 
 if __name__ == "__main__":

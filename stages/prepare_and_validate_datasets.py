@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from stages import run
-from wmtp import judge, progress, raw_data, splits, tokens
+from wmtp import judge, progress, raw_data, references, splits, tokens
 from wmtp.records import write_jsonl, write_text
 
 
@@ -26,12 +26,11 @@ def work(params: Any, track: Any, raw: str, bundle: str, out: str, report: str) 
     judge.require_strong(own_data or params.evaluation.accept_weak_sandbox, "set evaluation.accept_weak_sandbox")
     limits = judge.Limits(params.evaluation.cpu_seconds, params.evaluation.wall_seconds, params.evaluation.memory_mb)
     for name, benchmark in progress.track(corpus.benchmarks.items(), "judge references", unit="benchmarks"):
-        checked = judge.self_check(benchmark, limits, params.evaluation.workers)
-        scored = [problem for problem in benchmark if problem.task_id not in checked["failed"]]
-        if len(scored) < len(benchmark):
-            progress.say(f"{name}: left out, their references fail: {', '.join(checked['failed'])}")
-        write_jsonl(Path(out) / "benchmarks" / f"{name}.jsonl", scored)
-        figures[name] = {"problems": len(scored), "references_passed": checked["n_passed"], "references_failed": checked["failed"]}
+        checked = references.checked(name, benchmark, corpus.alternatives, limits, params.evaluation.workers)
+        figures[name] = checked.report
+        if failed := checked.report["references_failed"]:
+            progress.say(f"{name}: left out, their references fail: {', '.join(failed)}")
+        write_jsonl(Path(out) / "benchmarks" / f"{name}.jsonl", checked.problems)
     splits.check_disjoint(parts, corpus.benchmarks)
     tokens.write_manifest(Path(out), tokenizer, params.data.template, counts)
     write_text(report, json.dumps(figures, indent=2) + "\n")

@@ -54,7 +54,8 @@ def rewrite(pipeline: Path) -> None:
                 out += [f"{indent}- {name}" for name in code_dependencies(body)]
             skipping = True
             continue
-        skipping = False
+        # A method's own file may stand among the others; the list is the same one until something else comes.
+        skipping = skipping and bool(re.match(r"\s+- \S+\.py$", line))
         out.append(line)
     pipeline.write_text("\n".join(out) + "\n")
 

@@ -28,8 +28,8 @@ BOTH = [
 TRAINING = [
     "align advantage atomic cache world optim noise pickled flops",
     "weighting bundle scratch",
-    "model checkpoint convert slicing sources provenance",
-    "tokens generate",
+    "model checkpoint convert slicing sources provenance tokenizer_json",
+    "tokens generate export",
     "batches scores sampling",
     "policy critic preference measure drift",
     "scoring train anchor shared",
@@ -44,7 +44,7 @@ JUDGING = [
     "session hub_data study_report",
     "referee experiments",
     "judge",
-    "verdicts",
+    "verdicts references",
 ]
 PLACE = {room: (wing, floor) for wing, floors in (("both", BOTH), ("training", TRAINING), ("judging", JUDGING))
          for floor, rooms in enumerate(floors) for room in rooms.split()}  # fmt: skip

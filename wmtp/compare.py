@@ -22,7 +22,11 @@ MEASURES = ("pass@1", "greedy")
 ALPHA, POWER = 0.05, 0.8
 SEED = 0  # of the resampling; fixed, so that equal verdicts give equal intervals
 BLOCK = 1000  # resamples drawn at a time, to bound memory
-SHARED_KEYS = {"protocol_sha256": "under one protocol", "problems_sha256": "on the same problems", "judge_sha256": "by the same judge"}
+SHARED_KEYS = {
+    "protocol_sha256": "under one protocol", "problems_sha256": "on the same problems", "judge_sha256": "by the same judge",
+    "memory": "under one memory limit", "python": "under one Python", "template": "with one template of prompts",
+}  # fmt: skip
+MORE_KEYS = ("greedy", "greedy_stderr", "tests_passed", "exact_match")
 EVALUATION_KEYS = ("greedy", "greedy_stderr", "n_problems", *SHARED_KEYS)
 TRAINING_KEYS = ("validation_ce_head0", "tokens", "steps", "parameters", "train_flops", "signal_flops", "total_flops")
 BUDGET = ("steps", "tokens")
@@ -258,7 +262,7 @@ def summary(result: Result) -> dict[str, Any]:
     """The method's row of methods.csv; what was not measured is None."""
     row: dict[str, Any] = {"method": result.name}
     for benchmark, figures in result.evaluation.items():
-        row |= {f"{benchmark}_{key}": value for key, value in figures.items() if key.startswith(("pass@", "greedy"))}
+        row |= {f"{benchmark}_{key}": value for key, value in figures.items() if key.startswith("pass@") or key in MORE_KEYS}
     return row | {key: result.training.get(key) for key in TRAINING_KEYS}
 
 

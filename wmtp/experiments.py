@@ -18,6 +18,7 @@ from wmtp.arms import controls
 from wmtp.params import Params, parse_yaml, validate
 
 START = "start"
+EVALUATE = "evaluate-humaneval-mbpp"
 FILES = ("eval.json", "train.json", "train.csv")
 
 
@@ -71,14 +72,23 @@ def _differences(one: Any, other: Any, path: str = "") -> list[str]:
 
 
 def check_trained_with(seed: int, rev: str, methods: Sequence[str]) -> None:
-    """ExperimentError unless each method's training in the revision's dvc.lock had this seed: an experiment may have run a part alone."""
+    """ExperimentError unless in the revision's dvc.lock each method was trained and sampled with this seed, and each stage read what the
+    one before it wrote: an experiment may have run a part alone.
+    """
     stages = parse_yaml(output_of("git", "show", f"{rev}:dvc.lock"))["stages"]
+    mend = "run the experiment without a target"
     for method in methods:
-        locked = stages.get(f"train@{method}", {}).get("params", {}).get("params.yaml", {}).get("training.seed")
-        if locked != seed:
-            raise ExperimentError(
-                f"{rev}: train@{method} was last run with training.seed {locked}, expected {seed}; run the experiment without a target"
+        for name in (f"train@{method}", f"sample@{method}"):
+            locked = stages.get(name, {}).get("params", {}).get("params.yaml", {}).get("training.seed")
+            if locked != seed:
+                raise ExperimentError(f"{rev}: {name} was last run with training.seed {locked}, expected {seed}; {mend}")
+        for maker, path, taker in (("train", f"models/{method}", "sample"), ("sample", f"data/completions/{method}.jsonl", EVALUATE)):
+            wrote, read = (
+                {one["path"]: one.get("md5") for one in stages.get(f"{stage}@{method}", {}).get(kind, [])}.get(path)
+                for stage, kind in ((maker, "outs"), (taker, "deps"))
             )
+            if wrote is None or wrote != read:
+                raise ExperimentError(f"{rev}: {taker}@{method} did not read the {path} that {maker}@{method} wrote last; {mend}")
 
 
 def extracted(revs: Mapping[int, str], methods: Sequence[str], folder: Path) -> None:

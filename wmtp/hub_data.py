@@ -61,7 +61,8 @@ def codecontests_lines(row: dict[str, Any], number: int) -> tuple[dict[str, Any]
     problem = {
         "task_id": task_id,
         "name": row["name"],
-        "cf_contest_id": row["cf_contest_id"],
+        "cf_contest_id": row["cf_contest_id"] or None,  # 0 where the problem is not Codeforces's
+        "group": None if row["cf_contest_id"] else row["name"],
         "cf_index": row["cf_index"],
         "difficulty": str(row["difficulty"]),
         "tags": list(row["cf_tags"]),

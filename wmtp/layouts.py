@@ -65,7 +65,8 @@ class ContestTests(Raw):
 
 
 class ContestProblemLine(Raw):
-    """`input`: the input and output format, where it is kept apart from the statement."""
+    """`input`: the input and output format, where it is kept apart from the statement. `group`: what lies in one split, where that is not
+    the round."""
 
     task_id: str
     instruction: str
@@ -73,6 +74,7 @@ class ContestProblemLine(Raw):
     test_cases: ContestTests
     checker: Literal["exact", "token", "token-caseless", "token-float1e-6", "unverified"]
     cf_contest_id: int | None = None
+    group: str | None = None
     difficulty: str | int | None = None
 
 

@@ -117,10 +117,13 @@ def coloured(example: Mapping[str, Any], head: int = 0) -> str:
 
 
 def curve(values: Sequence[float], place: Sequence[int] | None, words: str) -> str:
-    """Values by state as a line, the last prompt token's first; the tokens of `place` are shaded."""
+    """Values by state as a line, the last prompt token's first; the tokens of `place` are shaded. From 0 to 1, or, where values lie beyond
+    (a pairwise critic's are logits), from their least to their greatest.
+    """
+    low, high = (0.0, 1.0) if all(0 <= v <= 1 for v in values) else (min(values), max(values))
     width, height, left = 640.0, 96.0, 34.0
     step = (width - left - 6) / max(1, len(values) - 1)
-    at = [(left + i * step, 8 + (height - 16) * (1 - min(1.0, max(0.0, v)))) for i, v in enumerate(values)]
+    at = [(left + i * step, 8 + (height - 16) * (high - v) / ((high - low) or 1.0)) for i, v in enumerate(values)]
     shade = ""
     if place:
         x, w = left + (place[0] + 0.5) * step, (place[1] - place[0]) * step
@@ -128,7 +131,7 @@ def curve(values: Sequence[float], place: Sequence[int] | None, words: str) -> s
     grid = "".join(
         f'<line x1="{left:.0f}" x2="{width:.0f}" y1="{y:.0f}" y2="{y:.0f}" stroke="#d9d9d9"/>'
         f'<text x="{left - 6:.0f}" y="{y + 4:.0f}" text-anchor="end" font-size="11" fill="#595959">{name}</text>'
-        for name, y in (("1", 8.0), ("0.5", height / 2), ("0", height - 8))
+        for name, y in ((f"{high:.3g}", 8.0), (f"{(low + high) / 2:.3g}", height / 2), (f"{low:.3g}", height - 8))
     )
     line = " ".join(f"{x:.1f},{y:.1f}" for x, y in at)
     size = f'viewBox="0 0 {width:.0f} {height:.0f}" width="{width:.0f}" height="{height:.0f}"'
@@ -172,6 +175,7 @@ def answers(found: Sequence[Disagreement]) -> str:
     return "".join(parts) or paragraph("None: their greedy completions pass and fail on the same problems.")
 
 
+FIRST_STEP = "Those of the first step, from the common start, before mix and head_weights; hover for the number."
 Section = tuple[str, str]
 """A title and what stands below it, as HTML."""
 
@@ -201,7 +205,7 @@ def sections(
          + picture(pictures["weights"], "effective share of tokens by step, selected share by head")),
         ("Heads", picture(pictures["heads"], "accuracy of each head by place in the program")
          + paragraph("Held-out correct programs; a place is a tenth of the program, the end of text in the last.", soft=True)),
-        ("Weights", weights(examples) + paragraph("Those of the first step, from the common start; hover for the number.", soft=True)),
+        ("Weights", weights(examples) + paragraph(FIRST_STEP, soft=True)),
         ("Critic", paragraph(report.gate_line(critic)) + picture(pictures["critic"], "calibration, AUC by prefix, two programs' values")),
         ("Answers that differ", paragraph("Greedy completions: those it wins, then those it loses.", soft=True) + answers(apart)),
     ]  # fmt: skip

@@ -92,14 +92,17 @@ def read_codecontests(folder: str | Path) -> Loaded:
     return selected(problems, list(rows(data_file(Path(folder), "solutions"), ContestSolutionLine, key="solution_id")))
 
 
-def read_contest_benchmark(folder: str | Path) -> tuple[list[Problem], dict[str, int]]:
-    """A folder of CodeContests form to be solved, not trained on: each problem's first correct program is its reference."""
+def read_contest_benchmark(folder: str | Path) -> tuple[list[Problem], dict[str, list[str]], dict[str, int]]:
+    """A folder of CodeContests form to be solved, not trained on: (problems, each with its first right program as its reference, further
+    right programs by task, drops by reason).
+    """
     problems, solutions, dropped = read_codecontests(folder)
-    references: dict[str, str] = {}
+    right: dict[str, list[str]] = {}
     for solution in solutions:
         if solution.is_correct:
-            references.setdefault(solution.task_id, solution.program)
-    return [problem.model_copy(update={"reference": references.get(problem.task_id)}) for problem in problems], dropped
+            right.setdefault(solution.task_id, []).append(solution.program)
+    asked = [problem.model_copy(update={"reference": next(iter(right.get(problem.task_id, [])), None)}) for problem in problems]
+    return asked, {task_id: programs[1:] for task_id, programs in right.items()}, dropped
 
 
 def contest_problem(row: ContestProblemLine, where: str) -> Problem:
@@ -107,13 +110,13 @@ def contest_problem(row: ContestProblemLine, where: str) -> Problem:
     if len(inputs) != len(outputs):
         raise RecordError(f"{where}: test_cases: {len(inputs)} inputs but {len(outputs)} outputs; expected as many")
     contest, _, letter = row.task_id.partition("_")
-    if row.cf_contest_id is None and not (contest and letter):
+    if row.group is None and row.cf_contest_id is None and not (contest and letter):
         raise RecordError(f"{where}: task_id: {row.task_id!r} has no round; expected <round>_<letter> where cf_contest_id is not given")
     text, layout = (unix(row.instruction).strip(), unix(row.input).strip()) if row.input else split_statement(unix(row.instruction))
     return Problem(
         task_id=row.task_id,
         source="codecontests",
-        group=contest if row.cf_contest_id is None else str(row.cf_contest_id),
+        group=row.group or (contest if row.cf_contest_id is None else str(row.cf_contest_id)),
         statement=text,
         input=layout,
         tests=StdioTests(inputs=inputs, outputs=outputs, checker=row.checker),

@@ -22,12 +22,16 @@ FOLDERS = ("codecontests", "functions", "humaneval", "mbpp", "codecontests_test"
 
 
 class Corpus(NamedTuple):
-    """Problems that may be trained on, their programs by task, the benchmarks that are held out, and what was dropped by reason."""
+    """Problems that may be trained on, their programs by task, the benchmarks that are held out, and what was dropped by reason.
+
+    `alternatives`: right programs of a benchmark's problem beside its reference, by task.
+    """
 
     training: list[Problem]
     solutions: dict[str, list[Solution]]
     benchmarks: dict[str, list[Problem]]
     dropped: Counter[str]
+    alternatives: dict[str, list[str]]
 
 
 def copy_folders(path: Path, folders: Mapping[str, str | None], out: Path) -> dict[str, int]:
@@ -86,7 +90,8 @@ def read(folders: Mapping[str, Path]) -> Corpus:
         "humaneval": problems.read_humaneval(data_file(folders["humaneval"], "HumanEval")),
         "mbpp": [problem for problem in mbpp if problems.mbpp_split(problem) == "test"],
     }
+    alternatives: dict[str, list[str]] = {}
     if "codecontests_test" in folders and folders["codecontests_test"].is_dir():
-        benchmarks["codecontests"], reasons = problems.read_contest_benchmark(folders["codecontests_test"])
+        benchmarks["codecontests"], alternatives, reasons = problems.read_contest_benchmark(folders["codecontests_test"])
         dropped.update({f"codecontests_test: {reason}": count for reason, count in reasons.items()})
-    return Corpus(training, solutions, benchmarks, dropped)
+    return Corpus(training, solutions, benchmarks, dropped, alternatives)

@@ -8,6 +8,7 @@ import ast
 import builtins
 import dataclasses
 import functools
+import io
 import json
 import os
 import random
@@ -21,6 +22,7 @@ from wmtp.sandbox import Ended, HarnessError, Limits, Sandbox
 from wmtp.session import CannotCross, Names, Raised, Session
 
 Test = Callable[[], object]
+Settle = Callable[["Decision"], None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,20 +110,21 @@ def call_tests(session: Session, job: dict, tests: dict) -> list[Test]:
 TESTS = {"check": check_test, "asserts": assert_tests, "calls": call_tests}
 
 
-def inside_source(tests: dict) -> str:
-    """The same test as statements for the sample, where values cannot cross."""
+def inside_sources(tests: dict) -> list[str]:
+    """Setup, then each test, as statements for the sample, where values cannot cross."""
     if tests["kind"] == "check":
-        return f"{tests['test']}\ncheck({tests['entry_point']})\n"
+        return [tests["test"], f"check({tests['entry_point']})"]
     if tests["kind"] == "asserts":
-        return "\n".join([tests["setup"], *tests["asserts"]])
+        return [tests["setup"], *tests["asserts"]]
     pairs = zip(tests["calls"], tests["expected"], strict=True)
-    return "\n".join([tests["setup"], *(f"assert str({call}) == {expected!r}" for call, expected in pairs)])
+    return [tests["setup"], *(f"assert str({call}) == {expected!r}" for call, expected in pairs)]
 
 
-def outside(session: Session, job: dict) -> Decision:
+def outside(session: Session, job: dict, settle: Settle) -> Decision:
     """Loads the program, then runs the tests on this side; pass only if they ran to their end, else what the first failure decides.
 
-    Tests behind it run where the job wants all of them, as long as the sample lives.
+    Tests behind it run where the job wants all of them, as long as the sample lives. They decide nothing any more: `settle` gets the
+    decision first, and a test that would have to run inside counts as one that does not pass.
     """
     tests: list[Test] = []
 
@@ -133,20 +136,22 @@ def outside(session: Session, job: dict) -> Decision:
     for test in tests:
         if session.sample.ended is not None or (failure and not job["all_tests"]):
             break
+        if failure:
+            settle(dataclasses.replace(failure, passed=passed))
         try:
             found = failure_of(session, test)
-        except (CannotCross, HarnessError):
+        except CannotCross:
             if failure is None:
                 raise
-            break
+            continue
         passed += found is None
         failure = failure or found
     return dataclasses.replace(failure or Decision("pass", ""), passed=passed)
 
 
 def failure_of(session: Session, step: Test) -> Decision | None:
-    """What a step decides against the program, if anything."""
-    failure = None
+    """What a step decides against the program, if anything; that a value could not cross counts however the test took it."""
+    failure, session.cannot_cross = None, None
     try:
         step()
     except (CannotCross, HarnessError):
@@ -158,35 +163,51 @@ def failure_of(session: Session, step: Test) -> Decision | None:
             failure = Decision("error", error.of_sample)
         else:
             failure = Decision("fail", f"{type(error).__name__}: {error}".removesuffix(": "))
+    if session.cannot_cross is not None:
+        raise session.cannot_cross
     if (ended := session.sample.ended) is not None:  # whatever the test made of it
         return Decision(ended.verdict, ended.detail, ended.starved)
     return failure
 
 
-def inside(session: Session, job: dict, reason: str) -> Decision:
+def inside(session: Session, job: dict, reason: str, settle: Settle) -> Decision:
+    """As `outside`, by statements that the sample itself runs, one request each."""
     note = f"tests ran inside the sample: they pass it {reason}"
+    setup, *tests = inside_sources(job["tests"])
+    failure, passed = refused_inside(session, lambda: (session.load(job["program"]), session.run(setup)), note), 0
+    for test in tests if failure is None else []:
+        found = refused_inside(session, functools.partial(session.run, test), note)
+        passed += found is None
+        failure = failure or found
+        if found and (session.sample.ended is not None or not job["all_tests"]):
+            break
+        if failure:
+            settle(dataclasses.replace(failure, passed=passed))
+    return dataclasses.replace(failure or Decision("pass", note, inside=True), passed=passed)
+
+
+def refused_inside(session: Session, step: Test, note: str) -> Decision | None:
     try:
-        session.load(job["program"])
-        session.run(inside_source(job["tests"]))
+        step()
     except Raised as raised:
         return Decision("fail" if raised.name == "AssertionError" else "error", f"{raised}; {note}", inside=True)
     except Ended as ended:
         return Decision(ended.verdict, f"{ended.detail}; {note}", ended.starved, inside=True)
-    return Decision("pass", note, inside=True, passed=len(job["tests"].get("asserts") or job["tests"].get("calls") or [""]))
+    return None
 
 
-def decide_function(sandbox: Sandbox, job: dict) -> Decision:
+def decide_function(sandbox: Sandbox, job: dict, settle: Settle) -> Decision:
     """Verdict on a program whose functions are called."""
     with open(os.devnull, "r+b") as null:
         try:
             with sandbox.start(null.fileno(), null.fileno()) as sample:
-                return outside(Session(sample), job)
+                return outside(Session(sample), job, settle)
         except CannotCross as error:
             with sandbox.start(null.fileno(), null.fileno()) as sample:
-                return inside(Session(sample), job, str(error))
+                return inside(Session(sample), job, str(error), settle)
 
 
-def decide_stdio(sandbox: Sandbox, job: dict) -> Decision:
+def decide_stdio(sandbox: Sandbox, job: dict, settle: Settle) -> Decision:
     """Verdict on a program that reads stdin: a fresh sample for each input, up to the first that does not pass.
 
     Where the job wants all tests, wrong answers and errors end nothing; a time-out and the like do, since each may cost the whole limit.
@@ -198,7 +219,10 @@ def decide_stdio(sandbox: Sandbox, job: dict) -> Decision:
         passed += found is None
         failure = failure or found
         if found and not (job["all_tests"] and found.verdict in ("fail", "error")):
+            failure = dataclasses.replace(failure, starved=found.starved)  # the count is then in doubt, if not the verdict
             break
+        if failure:
+            settle(dataclasses.replace(failure, passed=passed))
     return dataclasses.replace(failure or Decision("pass", ""), passed=passed)
 
 
@@ -241,11 +265,12 @@ def watch(limits: Limits) -> None:
     signal.setitimer(signal.ITIMER_REAL, 2 * limits.longest_seconds + limits.wall_seconds + 2.0)
 
 
-def decide(sandbox: Sandbox, job: dict) -> Decision:
+def decide(sandbox: Sandbox, job: dict, settle: Settle = lambda decision: None) -> Decision:
+    """The decision on a job. `settle` hears of it early where tests are still to be counted, which may end this process or the sandbox."""
     random.seed(0)
     watch(sandbox.limits)
     try:
-        return (decide_stdio if job["tests"]["kind"] == "stdio" else decide_function)(sandbox, job)
+        return (decide_stdio if job["tests"]["kind"] == "stdio" else decide_function)(sandbox, job, settle)
     except Ended as ended:
         return Decision(ended.verdict, ended.detail, ended.starved)
     finally:
@@ -272,13 +297,23 @@ def main() -> None:
         if "program" not in fields:
             problem = fields
             continue
+        settled: list[Decision] = []
+
+        def settle(decision: Decision, settled: list[Decision] = settled) -> None:
+            settled.append(decision)
+            reply(replies, decision, final=False)
+
         try:
-            decision = decide(sandbox, problem | fields)
+            decision = decide(sandbox, problem | fields, settle)
         except HarnessError as error:
-            decision = Decision("harness-error", str(error))
+            decision = settled[-1] if settled else Decision("harness-error", str(error))
             sandbox.__exit__()
             sandbox = Sandbox(limits)
-        reply = dataclasses.replace(decision, detail=printable(decision.detail))
-        replies.write(json.dumps(dataclasses.asdict(reply)) + "\n")
-        replies.flush()
+        reply(replies, decision, final=True)
     sandbox.__exit__()
+
+
+def reply(replies: io.TextIOBase, decision: Decision, final: bool) -> None:
+    line = dataclasses.asdict(decision) | {"detail": printable(decision.detail), "final": final}
+    replies.write(json.dumps(line) + "\n")
+    replies.flush()

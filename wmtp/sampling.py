@@ -21,14 +21,15 @@ class Benchmark:
     protocol: Protocol
     problems: Sequence[Problem]
     template: str
+    greedy: bool = True
 
     def prompts(self, tokenizer: Tokenizer, problems: Sequence[Problem]) -> dict[str, list[int]]:
         """Token ids by problem."""
         return {one.task_id: tokenizer.encode_prompt(self.protocol.prompt(one, self.template)) for one in problems}
 
     def requests(self, prompts: dict[str, list[int]]) -> list[Request]:
-        """One greedy completion and `protocol.n_samples` sampled ones of each prompt."""
-        kinds = [(0, 0.0), *((sample, self.protocol.temperature) for sample in range(self.protocol.n_samples))]
+        """One greedy completion, unless that is not wanted, and `protocol.n_samples` sampled ones of each prompt."""
+        kinds = [*[(0, 0.0)] * self.greedy, *((sample, self.protocol.temperature) for sample in range(self.protocol.n_samples))]
         return [Request(task_id, sample, prompt, temperature) for task_id, prompt in prompts.items() for sample, temperature in kinds]
 
 

@@ -3,12 +3,38 @@
 import builtins
 import importlib
 import secrets
-import sys
 import types
 
 from wmtp import codec
 from wmtp.sandbox import Ended, Sample
 
+# What tests name of the program's imports; importing these has no effect but the names.
+_MODULES = frozenset(
+    [
+        "bisect",
+        "calendar",
+        "cmath",
+        "collections",
+        "copy",
+        "datetime",
+        "decimal",
+        "fractions",
+        "functools",
+        "heapq",
+        "itertools",
+        "json",
+        "math",
+        "numbers",
+        "operator",
+        "random",
+        "re",
+        "statistics",
+        "string",
+        "sys",
+        "time",
+        "typing",
+    ]
+)
 _RAISABLE = {
     kind.__name__: kind
     for kind in (
@@ -74,6 +100,8 @@ class Session:
 
     def __init__(self, sample: Sample) -> None:
         self.sample = sample
+        self.cannot_cross: CannotCross | None = None  # remembered, since a test may swallow it
+        self.named: list[types.ModuleType] = []  # modules that the program has where a test expects a name of its own
 
     def resolve_number(self, number: int) -> Remote:
         return Remote(self, number)
@@ -116,7 +144,8 @@ class Session:
         except Raised as raised:
             raise raised.as_standard() from None
         if type(form) is list and form and form[0] == "m":
-            return trusted_module(form[-1])
+            self.named.append(trusted_module(form[-1]))
+            return self.named[-1]
         return self.value(form)
 
     def apply(self, operation: str, *arguments: object, **keywords: object) -> object:
@@ -137,12 +166,15 @@ class Session:
     def number_of(self, value: object) -> int:
         if type(value) is Remote and value._session is self:
             return value._number
-        raise CannotCross(f"a value of type {type(value).__name__}")
+        if any(value is module for module in self.named):
+            raise TypeError(f"the program has a module, {value.__name__}, where the test passes a value")
+        self.cannot_cross = CannotCross(f"a value of type {type(value).__name__}")
+        raise self.cannot_cross
 
 
 def trusted_module(name: object) -> types.ModuleType:
     """This side's own module where the program imported one of the standard library."""
-    if type(name) is str and name.partition(".")[0] in sys.stdlib_module_names and name.partition(".")[0] != "__main__":
+    if type(name) is str and name in _MODULES:
         return importlib.import_module(name)
     raise KeyError(name)
 

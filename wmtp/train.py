@@ -16,10 +16,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from wmtp import checkpoint, flops, measure, provenance
-from wmtp.batches import Batch, collate, n_steps, share, step_rows
+from wmtp import checkpoint, flops, provenance
+from wmtp.align import IGNORE, future_targets
+from wmtp.batches import Batch, collate, in_order, n_steps, share, step_rows
 from wmtp.bundle import NotFinite, bundle_sha256
-from wmtp.model import Transformer, load_bundle
+from wmtp.model import load_bundle
 from wmtp.optim import build_optimizer, learning_rate
 from wmtp.policy import PolicyObjective, check_faults, check_reached, check_selected, scaled
 from wmtp.progress import Bar
@@ -316,10 +317,25 @@ def _scored_first(objective: Objective, plan: Plan) -> np.ndarray:
     return first_step if getattr(objective, "lag", None) else first_step[:0]
 
 
-def validation(model: Transformer, data: TokenData, world: World, token_budget: int) -> dict[str, float]:
-    """Mean cross-entropy in nats per head over the correct programs of `data`, tokens weighed alike."""
-    found = measure.measure(model, data, world, token_budget).whole()
-    return {f"validation_ce_{head}": figures["ce"] for head, figures in found.items()}
+@torch.no_grad()
+def validation(model: nn.Module, data: TokenData, world: World, token_budget: int) -> dict[str, float]:
+    """Mean cross-entropy in nats per head over the correct programs of `data`, tokens weighed alike.
+
+    `model` is as it was trained, wrapped and with a critic's head if it has one: its forward alone is known here.
+    """
+    sums_F2 = torch.zeros(model.n_future, 2, dtype=torch.float64, device=world.device)
+    for batch in in_order(data, data.correct_rows(), world.rank, world.size, token_budget):
+        batch = batch.to(world.device)
+        targets_BTF = future_targets(batch.tokens_BT, batch.response_BT, model.n_future)
+        ce_BTF = model(batch.tokens_BT, targets_BTF, first=max(0, batch.shortest_prompt - model.n_future))
+        sums_F2 += torch.stack([ce_BTF.double().sum((0, 1)), (targets_BTF != IGNORE).sum((0, 1)).double()], dim=1)
+    sums_F2 = world.sum(sums_F2)
+    if not bool((sums_F2[:, 1] > 0).all()):
+        raise ValueError(f"{data.path}: no correct program to measure a model on, expected one at least; raise the split's share")
+    ce_F = (sums_F2[:, 0] / sums_F2[:, 1]).tolist()
+    if not all(map(math.isfinite, ce_F)):
+        raise NotFinite(f"{data.path}: the model's loss by head is {ce_F}, expected numbers; lower the learning rate and train it anew")
+    return {f"validation_ce_head{head}": ce for head, ce in enumerate(ce_F)}
 
 
 def write_log(path: Path, records: list[dict[str, float]]) -> None:

@@ -19,11 +19,12 @@ from wmtp.records import AssertTests, Completion, Problem, Verdict
 
 @dataclass(frozen=True)
 class Judged:
-    """`exact`: whether the program is the reference's up to comments and layout, None where that is not asked; `n_retried`: verdicts that
-    were in doubt at first."""
+    """`exact`: whether a completion is the reference up to comments and layout, None where that is not asked. `n_inside`: verdicts of tests
+    that ran beside the program, `n_retried`: verdicts that were in doubt at first, which hangs on the machine's load."""
 
     verdicts: list[Verdict]
     exact: list[bool | None]
+    n_inside: int
     n_retried: int
 
 
@@ -51,29 +52,32 @@ def judged(
         )
         for one, outcome, (problem, _) in zip(completions, outcomes, jobs)
     ]  # fmt: skip
-    exact = [is_exact(problem, program) for problem, program in jobs]
-    return Judged(verdicts, exact, sum(outcome.retried for outcome in outcomes))
+    exact = [is_exact(problems[one.task_id], one.completion) for one in completions]
+    return Judged(verdicts, exact, sum(outcome.inside for outcome in outcomes), sum(outcome.retried for outcome in outcomes))
 
 
-def is_exact(problem: Problem, program: str) -> bool | None:
-    """Of MBPP, whose references are whole programs as a completion is: whether both have one syntax tree."""
+def is_exact(problem: Problem, completion: str) -> bool | None:
+    """Of MBPP, whose references are whole programs as a completion is under each of its protocols: whether both have one syntax tree."""
     if not isinstance(problem.tests, AssertTests) or problem.reference is None:
         return None
-    return _tree(program) == _tree(problem.reference)
+    return _tree(completion) == _tree(problem.reference)
 
 
 @functools.lru_cache(maxsize=1024)
 def _tree(program: str) -> str:
-    """The text itself where it is not Python."""
+    """The text itself where it is not Python, or nested too deeply to be written out."""
     tree = parsed(program)
-    return program if tree is None else ast.dump(tree)
+    try:
+        return program if tree is None else ast.dump(tree)
+    except RecursionError:
+        return program
 
 
 def metrics_of(
-    found: Judged, completions: Sequence[Completion], protocol: Protocol, problems_sha256: str, ks: Sequence[int], limits: Limits
+    found: Judged, completions: Sequence[Completion], protocol: Protocol, ks: Sequence[int], shared: Mapping[str, str]
 ) -> dict[str, Any]:
     """pass@k of the sampled completions and `greedy` of the greedy ones, each with its standard error; counts; what results must share
-    to be compared: the hashes of protocol, problems and judge; and under what they were judged.
+    to be compared (`conditions`); and the isolation that was in force.
     """
     kinds = {"": [], "greedy_": []}
     for one in zip(found.verdicts, found.exact):
@@ -85,10 +89,22 @@ def metrics_of(
     for prefix, chosen in kinds.items():
         figures |= {f"{prefix}{name}": value for name, value in shares(chosen).items()}
     figures |= {"truncated": sum(one.truncated for one in completions), "timeouts": sum(one.verdict == "timeout" for one in found.verdicts)}
-    figures |= {"tokens_per_forward": tokens_per_forward(completions), "retried": found.n_retried}
-    shared = {"protocol_sha256": protocol.sha256[:16], "problems_sha256": problems_sha256[:16], "judge_sha256": judge_sha256()[:16]}
-    bounds = {"cpu_seconds": limits.cpu_seconds, "wall_seconds": limits.wall_seconds, "memory_mb": limits.memory_mb}
-    return figures | {"protocol": protocol.name, **shared, "isolation": tier(), "python": platform.python_version(), "limits": bounds}
+    figures |= {"inside": found.n_inside, "tokens_per_forward": tokens_per_forward(completions)}
+    return figures | {"protocol": protocol.name, **shared, "isolation": tier()}
+
+
+def conditions(protocol: Protocol, problems_sha256: str, limits: Limits, template: str) -> dict[str, str]:
+    """What two results must have had in common to be compared: hashes of protocol, problems and the judge's code, its memory limit (the
+    others are the protocol's), its Python, and the template of the prompts where the protocol has none of its own.
+    """
+    return {
+        "protocol_sha256": protocol.sha256[:16],
+        "problems_sha256": problems_sha256[:16],
+        "judge_sha256": code_sha256(ROOT / "wmtp/verdicts.py")[:16],
+        "memory": f"{limits.memory_mb} MiB",
+        "python": platform.python_version(),
+        "template": template if protocol.prompt_form == "instruction" else "the protocol's",
+    }
 
 
 def shares(found: Sequence[tuple[Verdict, bool | None]]) -> dict[str, float]:
@@ -100,8 +116,3 @@ def shares(found: Sequence[tuple[Verdict, bool | None]]) -> dict[str, float]:
 def tokens_per_forward(completions: Sequence[Completion]) -> float:
     """Tokens that a forward of the model chose for one completion, ends of text among them: above 1 where heads drafted."""
     return sum(one.n_tokens + one.ended for one in completions) / sum(one.n_forwards for one in completions)
-
-
-def judge_sha256() -> str:
-    """Of the code that a verdict comes from."""
-    return code_sha256(ROOT / "wmtp/judge/__init__.py")

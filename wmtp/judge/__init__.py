@@ -49,6 +49,7 @@ class Referee:
 
     def start(self) -> None:
         self.told: str | None = None
+        self.unread, self.settled = b"", None
         self.process = subprocess.Popen(
             interpreter("wmtp.referee:main"), env=self.environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True
         )
@@ -67,14 +68,25 @@ class Referee:
             self.told = problem
         self.write(program)
 
-    def read(self) -> dict:
-        """The decision on the job in flight; a referee that died is replaced, and its signal decides."""
-        line = self.process.stdout.readline()
-        if line:
-            return json.loads(line)
-        status = self.process.wait()
+    def read(self) -> dict | None:
+        """The decision on the job in flight, None while the referee still counts tests.
+
+        A referee that died is replaced, and what it had settled decides, else its signal.
+        """
+        chunk = os.read(self.process.stdout.fileno(), 1 << 16)
+        if chunk:
+            *lines, self.unread = (self.unread + chunk).split(b"\n")
+            for decision in map(json.loads, lines):
+                if decision.pop("final"):
+                    self.settled = None
+                    return decision
+                self.settled = decision
+            return None
+        status, settled = self.process.wait(), self.settled
         self.close()
         self.start()
+        if settled is not None:
+            return settled
         if status == -signal.SIGALRM:
             return {"verdict": "timeout", "detail": "comparing the program's answers did not end", "starved": False, "inside": False}
         return {"verdict": "harness-error", "detail": f"the judging process ended with status {status}", "starved": False, "inside": False}
@@ -97,8 +109,11 @@ def _run(jobs: Sequence[tuple[str, str]], limits: Limits, workers: int, on_done:
         if waiting:
             index, job = waiting.popleft()
             referee.give(job)
-            busy[referee.process.stdout.fileno()] = (index, referee)
-            poll.register(referee.process.stdout, select.POLLIN)
+            wait_for(referee, index)
+
+    def wait_for(referee: Referee, index: int) -> None:
+        busy[referee.process.stdout.fileno()] = (index, referee)
+        poll.register(referee.process.stdout, select.POLLIN)
 
     with contextlib.ExitStack() as stack:
         # Referees are killed, not asked to leave, so what they leave behind is removed from here.
@@ -112,7 +127,11 @@ def _run(jobs: Sequence[tuple[str, str]], limits: Limits, workers: int, on_done:
             for descriptor, _ in poll.poll():
                 poll.unregister(descriptor)
                 index, referee = busy.pop(descriptor)
-                decisions[index] = referee.read()
+                decision = referee.read()
+                if decision is None:
+                    wait_for(referee, index)
+                    continue
+                decisions[index] = decision
                 on_done(index)
                 give(referee)
     return decisions
@@ -142,6 +161,8 @@ def judge(
     """
     if workers < 1:
         raise ValueError(f"workers: expected at least 1, found {workers}")
+    if untested := next((problem.task_id for problem, _ in jobs if problem.tests.n_tests == 0), None):
+        raise ValueError(f"problem {untested}: no tests, so any program would pass; give it some or leave it out")
     lines = _jobs(jobs, all_tests)
     copies = collections.Counter(lines)
     unique = list(copies)
@@ -155,10 +176,11 @@ def judge(
 
     decisions = _run(unique, limits, workers, count)
     doubtful = [index for index, decision in enumerate(decisions) if decision["starved"] or decision["verdict"] == "harness-error"]
+    retried = set(doubtful)
     for index, decision in zip(doubtful, _run([unique[index] for index in doubtful], limits, 1, lambda _: None), strict=True):
         decisions[index] = decision
     outcomes = {
-        line: Outcome(*(found[key] for key in ("verdict", "detail", "inside")), passed=found.get("passed", 0), retried=index in doubtful)
+        line: Outcome(*(found[key] for key in ("verdict", "detail", "inside")), passed=found.get("passed", 0), retried=index in retried)
         for index, (line, found) in enumerate(zip(unique, decisions, strict=True))
     }
     return [outcomes[line] for line in lines]
@@ -172,8 +194,8 @@ def for_references(limits: Limits) -> Limits:
 def self_check(problems: Sequence[Problem], limits: Limits, workers: int) -> dict:
     """Judges every reference within `for_references(limits)`.
 
-    n_problems, n_passed, n_inside (tests ran inside the sample), n_without_reference, harness_errors, the sorted task_ids in `failed`,
-    tier, python.
+    n_problems, n_passed, n_inside (tests ran inside the sample), n_without_reference, harness_errors and what the first of them says, the
+    sorted task_ids in `failed`, tier, python.
     """
     referenced = [problem for problem in problems if problem.reference is not None]
     outcomes = judge([(problem, problem.reference) for problem in referenced], for_references(limits), workers)
@@ -183,6 +205,7 @@ def self_check(problems: Sequence[Problem], limits: Limits, workers: int) -> dic
         "n_inside": sum(outcome.inside for outcome in outcomes),
         "n_without_reference": len(problems) - len(referenced),
         "harness_errors": sum(outcome.verdict == "harness-error" for outcome in outcomes),
+        "harness_detail": next((outcome.detail for outcome in outcomes if outcome.verdict == "harness-error"), ""),
         "failed": sorted(problem.task_id for problem, outcome in zip(referenced, outcomes, strict=True) if outcome.verdict != "pass"),
         "tier": tier(),
         "python": platform.python_version(),
