@@ -16,7 +16,18 @@ from scipy import stats
 
 from stages.compare import work
 from wmtp import compare, view
-from wmtp.compare import CompareError, Result, bootstrap_p, difference, differences, holm, mcnemar, minimum_detectable, resampled_means
+from wmtp.compare import (
+    SHARED_KEYS,
+    CompareError,
+    Result,
+    bootstrap_p,
+    difference,
+    differences,
+    holm,
+    mcnemar,
+    minimum_detectable,
+    resampled_means,
+)
 from wmtp.passk import estimate
 from wmtp.records import Verdict, write_jsonl
 from wmtp.tracking import stage_run
@@ -24,7 +35,7 @@ from wmtp.tracking import stage_run
 SHARES = st.lists(st.integers(0, 10), min_size=2, max_size=30)
 
 
-CONDITIONS = {"protocol_sha256": "aa", "problems_sha256": "bb", "judge_sha256": "cc"}
+CONDITIONS = dict(zip(SHARED_KEYS, ("aa", "bb", "cc", "512 MiB", "3.11", "alpaca"), strict=True))
 
 
 def result(name, scores, measure="pass@1", benchmark="humaneval", **conditions):
@@ -200,6 +211,9 @@ def test_without_the_method_to_compare_with():
         (result("rho1", [0.1, 0.2], protocol_sha256="x"), "cannot be compared with baseline on humaneval: protocol_sha256 x, expected aa"),
         (result("rho1", [0.1, 0.2], problems_sha256="x"), "problems_sha256 x, expected bb; evaluate both on the same problems"),
         (result("rho1", [0.1, 0.2], judge_sha256="x"), "judge_sha256 x, expected cc; evaluate both by the same judge"),
+        (result("rho1", [0.1, 0.2], memory="9 MiB"), "memory 9 MiB, expected 512 MiB; evaluate both under one memory limit"),
+        (result("rho1", [0.1, 0.2], python="3.12"), "python 3.12, expected 3.11; evaluate both under one Python"),
+        (result("rho1", [0.1, 0.2], template="x"), "template x, expected alpaca; evaluate both with one template of prompts"),
         (result("rho1", [0.1, 0.2], benchmark="mbpp"), "rho1 cannot be compared with baseline: benchmarks mbpp, expected humaneval"),
         (result("rho1", [0.1]), "rho1 has no pass@1 verdict for 1 problems of baseline, p1 first"),
         (result("rho1", [0.1, 0.2, 0.3, 0.4]), "baseline has no pass@1 verdict for 2 problems of rho1, p2 first"),

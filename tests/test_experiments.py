@@ -1,5 +1,7 @@
 """Which revisions make seeds of one experiment, and what is refused."""
 
+import json
+import re
 import subprocess
 
 import pytest
@@ -85,10 +87,29 @@ def test_nothing_is_read_from_outside_a_repository(tmp_path, monkeypatch):
 
 
 def test_an_experiment_that_trained_a_part_alone_is_refused(repository, tmp_path):
-    lock = {f"train@{name}": {"params": {"params.yaml": {"training.seed": seed}}} for name, seed in (("baseline", 1), ("rho1", 5))}
+    def locked(name):
+        model, text = {"path": f"models/{name}", "md5": "m"}, {"path": f"data/completions/{name}.jsonl", "md5": "t"}
+        return {
+            f"train@{name}": {"params": {"params.yaml": {"training.seed": 5}}, "outs": [model]},
+            f"sample@{name}": {"params": {"params.yaml": {"training.seed": 5}}, "deps": [model], "outs": [text]},
+            f"evaluate-humaneval-mbpp@{name}": {"deps": [text]},
+        }
+
+    cases = {
+        "baseline": "train@baseline was last run with training.seed 1, expected 5",
+        "ntp": "sample@ntp was last run with training.seed 1, expected 5",
+        "verifiable": "sample@verifiable did not read the models/verifiable that train@verifiable wrote last",
+        "shuffled": "evaluate-humaneval-mbpp@shuffled did not read the data/completions/shuffled.jsonl that sample@shuffled wrote last",
+        "oracle": "train@oracle was last run with training.seed None, expected 5",
+    }
+    lock = json.loads(json.dumps({stage: entry for name in (*cases, "rho1") if name != "oracle" for stage, entry in locked(name).items()}))
+    for stage in ("train@baseline", "sample@ntp"):
+        lock[stage]["params"]["params.yaml"]["training.seed"] = 1
+    for stage in ("sample@verifiable", "evaluate-humaneval-mbpp@shuffled"):
+        lock[stage]["deps"][0]["md5"] = "older"
     (tmp_path / "dvc.lock").write_text(yaml.safe_dump({"schema": "2.0", "stages": lock}))
     repository("five", (SEED, "seed: 5 "))
     check_trained_with(5, "five", ["rho1"])
-    for method, found in (("baseline", 1), ("ntp", None)):
-        with pytest.raises(ExperimentError, match=rf"five: train@{method} was last run with training.seed {found}, expected 5"):
+    for method, message in cases.items():
+        with pytest.raises(ExperimentError, match=re.escape(f"five: {message}")):
             check_trained_with(5, "five", ["rho1", method])

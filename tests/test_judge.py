@@ -98,6 +98,66 @@ def test_all_inputs_are_tried_until_a_limit_is_met():
     assert [(one.verdict, one.detail) for one in judge(jobs, LIMITS, 2)] == [(one.verdict, one.detail) for one in made]
 
 
+@pytest.mark.parametrize(
+    "name", ["lib2to3.__main__", "unittest.__main__", "idlelib.idle", "antigravity", "this", "os", "ctypes", "no.such.module"]
+)
+def test_a_program_cannot_choose_what_the_judge_imports(name):
+    program = f"import types\nf = types.ModuleType({name!r})"
+    assert outcome(problem(AssertTests(asserts=["assert f(1) == 1"])), program).verdict in ("error", "fail")
+
+
+def test_a_test_that_swallows_everything_cannot_hide_that_a_value_does_not_cross():
+    for test in (
+        "import contextlib\nwith contextlib.suppress(Exception): assert f(lambda: 1) == 7",
+        "try:\n    right = f(lambda: 1) == 7\nexcept BaseException:\n    right = True\nassert right",
+    ):
+        made = outcome(problem(AssertTests(asserts=[test])), "def f(g): return 0")
+        assert made.inside and (made.verdict == "fail" or "suppress" in test), "inside, such a test passes what it swallows"
+
+
+def test_a_module_in_place_of_a_value_is_no_reason_to_run_tests_inside():
+    forged = "import math as items\nclass Same:\n    __eq__ = lambda self, other: True\ndef total(xs): return Same()"
+    made = outcome(problem(AssertTests(asserts=["assert total(items) == 6"])), forged)
+    assert made.verdict == "fail" and not made.inside and "has a module, math" in made.detail
+
+
+def test_what_a_first_failure_settled_outlives_the_tests_behind_it():
+    """A comparison without end, and a fork server that dies, both behind the failure that decides."""
+    endless = problem(AssertTests(asserts=["assert f(1) == 1", "assert f(2) == 1", "assert max(range(f(3))) == 3"]))
+    limits = Limits(cpu_seconds=0.2, wall_seconds=0.3)
+    program = "def f(x): return {1: 1, 2: 0, 3: 10**15}[x]"
+    plain, counted = (judge([(endless, program)], limits, 1, all_tests=all_tests)[0] for all_tests in (False, True))
+    assert (plain.verdict, plain.detail) == (counted.verdict, counted.detail) == ("fail", "AssertionError") and counted.passed == 1
+    asserts = [
+        "assert f() == 1",
+        "import os, signal\nos.killpg(int(open('/proc/self/task/' + str(os.getpid()) + '/children').read().split()[0]), 9)",
+    ]
+    dying = problem(AssertTests(asserts=[*asserts, "assert f() == 0"]))
+    plain, counted = (judge([(dying, "def f(): return 0")] * 1, LIMITS, 1, all_tests=all_tests)[0] for all_tests in (False, True))
+    assert plain.verdict == counted.verdict == "fail"
+
+
+def test_tests_that_run_inside_are_counted_one_by_one():
+    task = problem(AssertTests(asserts=["assert f(lambda: 1) == 1", "assert f(lambda: 2) == 1", "assert f(lambda: 3) == 3"]))
+    made = judge([(task, "def f(g): return g()")], LIMITS, 1, all_tests=True)[0]
+    assert (made.verdict, made.inside, made.passed) == ("fail", True, 2)
+    mixed = problem(AssertTests(asserts=["assert f(lambda: 2) == 1", "assert g() == 1", "assert f(lambda: 3) == 3", "assert g() == 0"]))
+    program = "def g(): return 0\ndef f(h): return h()"
+    assert judge([(mixed, program)], LIMITS, 1, all_tests=True)[0].passed == 2
+
+
+def test_nothing_is_judged_by_no_tests():
+    for tests in (AssertTests(asserts=[]), CallTests(calls=[], expected=[]), StdioTests(inputs=[], outputs=[])):
+        with pytest.raises(ValueError, match="problem task: no tests, so any program would pass"):
+            judge([(problem(tests), RIGHT)], LIMITS, 1)
+
+
+def test_programs_nested_too_deeply_to_be_written_out_match_nothing():
+    task = problem(AssertTests(asserts=["assert f(1) == 2"]), reference="def f(x):\n    return x + 1")
+    deep = "if x: pass\n" + "elif x: pass\n" * 3000
+    assert [is_exact(task, text) for text in (deep, "x=" + "-" * 985 + "1", "lambda:" * 985 + "1")] == [False, False, False]
+
+
 def test_exact_match_is_of_programs_not_of_their_layout():
     task = problem(AssertTests(asserts=["assert f(1) == 2"]), reference="def f(x):\r\n    return x+1 # more")
     found = {"def f(x):\n\n  return (x + 1)\n": True, "def f(y):\n    return y + 1\n": False, "def f(x) return": False, "": False}

@@ -142,9 +142,15 @@ def test_colours_are_white_at_one_and_grow_with_the_distance():
     assert page.colour_of(0.5).startswith("rgba(0, 114, 178") and page.colour_of(2).startswith("rgba(213, 94, 0")
 
 
-def test_values_outside_their_range_stay_in_the_picture():
-    points = re.search(r'points="([^"]+)"', page.curve([0.5, 2.0, -1.0, 1.0], [1, 2], "v"))[1].split()
-    assert [float(point.split(",")[1]) for point in points] == [48.0, 8.0, 88.0, 8.0]
+def test_values_are_drawn_from_0_to_1_and_logits_from_their_least_to_their_greatest():
+    def drawn(values):
+        text = page.curve(values, [1, 2], "v")
+        marks = re.findall(r">([^<>]+)</text>", text)
+        return [float(point.split(",")[1]) for point in re.search(r'points="([^"]+)"', text)[1].split()], marks
+
+    assert drawn([0.5, 0.0, 1.0, 0.25]) == ([48.0, 88.0, 8.0, 68.0], ["1", "0.5", "0"])
+    assert drawn([0.5, 2.0, -1.0, -1.0]) == ([48.0, 8.0, 88.0, 88.0], ["2", "0.5", "-1"])
+    assert drawn([3.0, 3.0])[1] == ["3", "3", "3"]
 
 
 def test_disagreements_are_those_of_greedy_completions_both_ways_and_never_of_the_judge():

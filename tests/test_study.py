@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from wmtp import study, study_report
-from wmtp.compare import CompareError, Result, holm
+from wmtp.compare import SHARED_KEYS, CompareError, Result, holm
 from wmtp.study import Contrast, contrast, contrasts, resampled_means, wilcoxon
 
 ARMS = ("baseline", "verifiable", "shuffled", "rho1")
@@ -34,7 +34,7 @@ def result(scores: list[float], protocol: str = "aa", ce: float = 0.5) -> Result
     }
     return Result(
         "x",
-        {"humaneval": {"protocol_sha256": protocol, "problems_sha256": "bb", "judge_sha256": "cc"}},
+        {"humaneval": dict.fromkeys(SHARED_KEYS, "same") | {"protocol_sha256": protocol}},
         {("humaneval", "pass@1"): named},
         training,
         {},

@@ -148,7 +148,7 @@ def test_references_of_all_benchmarks_pass_and_constants_fail(made):
             exec(line, namespace)
         answers = {line.split(" == ")[1] for line in problem.tests.asserts}
         assert len(answers) > 1
-    unseen, dropped = read_contest_benchmark(out / "codecontests_test")
+    unseen, _, dropped = read_contest_benchmark(out / "codecontests_test")
     assert len(unseen) == SIZE["n_eval_problems"] and not dropped
     for problem in unseen:
         assert [run_contest(problem.reference, given) for given in problem.tests.inputs] == problem.tests.outputs
