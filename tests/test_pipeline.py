@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shutil
 import signal
 import subprocess
 import time
@@ -42,6 +43,13 @@ def test_the_temperature_is_searched_on_validation_problems_alone(finished, tmp_
     assert all(row in shown for row in ("| temperature |", "| 0.2 ", "| 0.9 ", "| best "))
     failed = typed(finished, "launch/search-temperature models/nowhere", check=False)
     assert failed.returncode == 1 and failed.stderr.strip().splitlines()[-1].startswith("search-temperature: models/nowhere")
+
+
+def test_a_trained_model_is_exported(finished):
+    shown = typed(finished, "python -m wmtp.export models/verifiable llama --metrics metrics/verifiable").stdout
+    card = (finished / "llama/README.md").read_text()
+    shutil.rmtree(finished / "llama")
+    assert "a LlamaForCausalLM" in shown and "by wmtp's method `verifiable`" in card and "| codecontests pass@1 | " in card
 
 
 def test_beta_is_read_by_verifiable_alone(finished):
