@@ -4,13 +4,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from stages import run
 from wmtp import critic, train
 from wmtp.blocks import reads_pairs
 from wmtp.examples import examples, first_weights
-from wmtp.model import load_bundle
+from wmtp.growth import load_grown
 from wmtp.policy import policy_objective, policy_signal
 from wmtp.records import write_text
 from wmtp.tokens import TokenData, Tokenizer
@@ -23,7 +21,7 @@ def work(params: Any, track: Any, method: str, start: str, processed: str, signa
     settings, training = params.methods[method], params.training
     with joined(params.run.device) as world:
         data = TokenData(processed, "policy")
-        model = load_bundle(start, n_future=settings.n_future, dtype=torch.float32, device=world.device)
+        model, _ = load_grown(start, settings.n_future, world.device)
         signal_of, _, _ = policy_signal(method, settings, signal, data, lambda: True)  # shown, whatever the gate said
         units = critic.pairs(data) if reads_pairs(settings) else data.correct_rows()
         plan = train.Plan(data, units, training.batch_rows // units.ndim, 1, 0.0, training.seed, signal_of)

@@ -8,14 +8,12 @@ import json
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from stages import run
 from wmtp import critic, shared, train
 from wmtp.blocks import reads_pairs
 from wmtp.bundle import bundle_sha256
 from wmtp.checkpoint import save_model
-from wmtp.model import load_bundle
+from wmtp.growth import load_grown
 from wmtp.policy import policy_objective, policy_signal
 from wmtp.records import sha256_file, write_text
 from wmtp.tokens import TokenData, check_same_tokenizer
@@ -30,7 +28,7 @@ def work(params: Any, track: Any, method: str, start: str, processed: str, signa
         start = arm.get("start", start)
         data = TokenData(processed, "policy")
         check_same_tokenizer(data.tokenizer_sha256, start, "policy.start")
-        policy = load_bundle(start, n_future=settings.n_future, dtype=torch.float32, device=world.device)
+        policy, grown = load_grown(start, settings.n_future, world.device)
         model = shared.network(settings, policy)
         train_anyway = (lambda: arm["train_anyway"]) if arm else (lambda: params.critic.gate.train_anyway)
         signal_of, signal_input, signal_flops = policy_signal(method, settings, signal, data, train_anyway)
@@ -47,7 +45,8 @@ def work(params: Any, track: Any, method: str, start: str, processed: str, signa
             shared.warn_if_dead(records, f"train-{method}")
             figures = train.account(model, objective, plan, records[-1], signal_flops)
             figures |= train.validation(model, TokenData(processed, "validation"), world, params.optimizer.micro_batch_tokens)
-            save_model(policy, Path(start), Path(out), world, {"stage": "train", "method": method, **train.record(model, plan, start)})
+            facts = {"stage": "train", "method": method, **grown, **train.record(model, plan, start)}
+            save_model(policy, Path(start), Path(out), world, facts)
             if world.is_first:
                 train.write_log(Path(log), records)
                 write_text(report, json.dumps(figures, indent=2) + "\n")

@@ -38,6 +38,16 @@ def test_a_shared_critic_trains_on_two_processes_as_on_one(finished, parallel):
     assert shapes[0] == shapes[1] == json.loads((finished / "models/warm/params.json").read_text())
 
 
+def test_a_start_with_one_head_grows_the_others(finished):
+    outputs = [f"by-hand/grown/{file}" for file in ("model", "train.csv", "train.json")]
+    done = stage(finished, 2, "stages.train", "baseline", "models/ntp", "data/processed", "nowhere", *outputs)
+    assert "models/ntp: 1 of 4 heads; the others start as copies of its last block" in done.stdout + done.stderr
+    metadata = json.loads((finished / outputs[0] / "metadata.json").read_text())
+    assert metadata["extra"]["heads_grown_from"] == 1
+    assert json.loads((finished / outputs[0] / "params.json").read_text())["n_future_tokens"] == 4
+    assert "validation_ce_head3" in json.loads((finished / outputs[2]).read_text())
+
+
 def test_scores_of_an_older_critic_are_refused_in_one_line(finished):
     """Trained again by hand, and not scored again."""
     scores, arguments = "data/scores/critic.safetensors", ("models/warm", "data/processed", "models/critic")

@@ -29,7 +29,7 @@ TRAINING = [
     "align advantage atomic cache world optim noise pickled flops",
     "weighting bundle scratch",
     "model checkpoint convert slicing sources provenance tokenizer_json",
-    "tokens generate export",
+    "tokens generate export growth",
     "batches scores sampling",
     "policy critic preference measure drift",
     "scoring train anchor shared",

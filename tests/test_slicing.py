@@ -9,6 +9,8 @@ from hypothesis import strategies as st
 from sentencepiece import SentencePieceProcessor, sentencepiece_model_pb2
 
 from wmtp.bundle import BundleError, ModelArgs, bundle_sha256, read_args, read_metadata, read_tensors, tensor_shapes, verify, write_bundle
+from wmtp.growth import load_grown
+from wmtp.model import load_bundle
 from wmtp.provenance import learned_from, training_flops
 from wmtp.slicing import SPACE, build_micro, cut_tokenizer, grow_heads, sliced, spread
 from wmtp.sources import train_tokenizer
@@ -330,6 +332,19 @@ def test_new_heads_are_copies_of_the_last_block(large, tensors, tokenizer, tmp_p
         metadata = read_metadata(tmp_path / "grown")
         assert metadata["extra"] == {"a": 1, "heads_grown_from": n_had} and metadata["dropped"] == ["rope.freqs"]
         assert (tmp_path / "grown" / "tokenizer.model").read_bytes() == tokenizer
+
+
+def test_a_model_grown_as_it_is_loaded_is_the_grown_bundles(large, tmp_path):
+    grow_heads(large, tmp_path / "grown", 6)
+    model, facts = load_grown(large, 6, "cpu")
+    expected = load_bundle(tmp_path / "grown", dtype=torch.float32)
+    assert facts == {"heads_grown_from": 3} and model.args == expected.args and not model.training
+    for (name, mine), (other, theirs) in zip(model.state_dict().items(), expected.state_dict().items(), strict=True):
+        assert name == other and torch.equal(mine, theirs)
+    parameters = list(model.parameters())
+    assert len({one.data_ptr() for one in parameters}) == len(parameters) and all(one.requires_grad for one in parameters)
+    same, nothing = load_grown(large, 2, "cpu")
+    assert nothing == {} and same.n_future == 2
 
 
 def test_growing_and_reading_back_fewer_heads_is_the_identity(large, tmp_path):

@@ -143,14 +143,14 @@ def grow_heads(bundle: str | Path, out: str | Path, n_future: int) -> None:
     args, metadata = read_args(bundle), read_metadata(bundle)
     if n_future <= args.n_future_tokens:
         raise BundleError(f"{bundle}: n_future: expected more than the {args.n_future_tokens} heads it has, asked for {n_future}")
-    grown = args.with_heads(n_future)
     tensors = dict(read_tensors(bundle))
-    last = f"layers.{args.n_trunk - 1}."
-
-    def stream() -> Iterator[tuple[str, Tensor]]:
-        for name in tensor_shapes(grown):
-            yield name, tensors[name] if name in tensors else tensors[last + name.split(".", 2)[2]]
-
+    stream = ((name, tensors[source]) for name, source in grown_from(args, n_future).items())
     tokenizer = (Path(bundle) / "tokenizer.model").read_bytes()
     extra = metadata["extra"] | {"heads_grown_from": args.n_future_tokens}
-    write_bundle(out, grown, stream(), tokenizer, source=metadata["source"], dropped=metadata["dropped"], extra=extra)
+    write_bundle(out, args.with_heads(n_future), stream, tokenizer, source=metadata["source"], dropped=metadata["dropped"], extra=extra)
+
+
+def grown_from(args: ModelArgs, n_future: int) -> dict[str, str]:
+    """For every tensor of the model with `n_future` heads, in a bundle's order, the tensor of `args` that it starts as."""
+    held, last = tensor_shapes(args), f"layers.{args.n_trunk - 1}."
+    return {name: name if name in held else last + name.split(".", 2)[2] for name in tensor_shapes(args.with_heads(n_future))}
