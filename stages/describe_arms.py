@@ -11,7 +11,7 @@ from typing import Any
 from stages import run
 from wmtp.arms import controls
 from wmtp.blocks import reads_beta
-from wmtp.bundle import bundle_sha256
+from wmtp.cells import described
 from wmtp.records import sha256_file, write_text
 from wmtp.weighting import method_of
 
@@ -22,14 +22,13 @@ def work(params: Any, track: Any, scores: str, out: str, start: str, *others: st
     for arm in params.study.arms:
         block, own = params.methods[arm], starts.get(arm, start)
         method = method_of(arm, block)
+        score_file = sha256_file(Path(scores) / f"{method.signal}.safetensors") if method.signal else None
         found = {
             **method._asdict(),
-            "files": {name: sha256_file(path) for name, path in method.source_files().items()},
-            "scores": sha256_file(Path(scores) / f"{method.signal}.safetensors") if method.signal else None,
+            **described(method, score_file, own),
             **({"beta": params.training.beta} if reads_beta(block) else {}),
             **({"train_anyway": params.critic.gate.train_anyway} if method.signal == "critic" else {}),
             "start": own,
-            "start_sha256": bundle_sha256(own),
         }
         write_text(Path(out) / f"{arm}.json", json.dumps(found, indent=1) + "\n")
     return {"arms": len(params.study.arms)}

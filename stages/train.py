@@ -1,7 +1,6 @@
 """python -m stages.train METHOD START PROCESSED SIGNAL OUT LOG REPORT: one method's policy.
 
-START is a bundle, or an arm's description (stages.describe_arms) that names one and holds what the arm reads beside its block. SIGNAL is
-the file of the method's scores, or the folder that holds all scores.
+START is a bundle, or the description of a study's arm (stages.describe_arms). SIGNAL is a score file, or a folder that holds all.
 """
 
 import json
@@ -12,11 +11,13 @@ from stages import run
 from wmtp import critic, shared, train
 from wmtp.blocks import reads_pairs
 from wmtp.bundle import bundle_sha256
+from wmtp.cells import check_described
 from wmtp.checkpoint import save_model
 from wmtp.growth import load_grown
 from wmtp.policy import policy_objective, policy_signal
 from wmtp.records import sha256_file, write_text
 from wmtp.tokens import TokenData, check_same_tokenizer
+from wmtp.weighting import method_of
 from wmtp.world import joined
 
 
@@ -28,10 +29,11 @@ def work(params: Any, track: Any, method: str, start: str, processed: str, signa
         start = arm.get("start", start)
         data = TokenData(processed, "policy")
         check_same_tokenizer(data.tokenizer_sha256, start, "policy.start")
-        policy, grown = load_grown(start, settings.n_future, world.device)
+        policy, n_grown = load_grown(start, settings.n_future, world.device)
         model = shared.network(settings, policy)
         train_anyway = (lambda: arm["train_anyway"]) if arm else (lambda: params.critic.gate.train_anyway)
         signal_of, signal_input, signal_flops = policy_signal(method, settings, signal, data, train_anyway)
+        check_described(arm, method_of(method, settings), signal_input.get("signal"), method)
         units = critic.pairs(data) if reads_pairs(settings) else data.correct_rows()
         plan = train.Plan(
             data, units, training.batch_rows // units.ndim, training.n_epochs, training.learning_rate, training.seed, signal_of,
@@ -43,10 +45,10 @@ def work(params: Any, track: Any, method: str, start: str, processed: str, signa
         inputs |= signal_input | {"start": bundle_sha256(start), "data": data.sha256}
         with train.fitted(model, objective, plan, params, world, stage=f"train-{method}", inputs=inputs, on_log=track.log) as records:
             shared.warn_if_dead(records, f"train-{method}")
-            figures = train.account(model, objective, plan, records[-1], signal_flops)
+            figures = train.account(model, objective, plan, records[-1], signal_flops) | {"grown_heads": n_grown}
             figures |= train.validation(model, TokenData(processed, "validation"), world, params.optimizer.micro_batch_tokens)
-            facts = {"stage": "train", "method": method, **grown, **train.record(model, plan, start)}
-            save_model(policy, Path(start), Path(out), world, facts)
+            facts = {"stage": "train", "method": method, "grown_heads": n_grown}
+            save_model(policy, Path(start), Path(out), world, facts | train.record(model, plan, start))
             if world.is_first:
                 train.write_log(Path(log), records)
                 write_text(report, json.dumps(figures, indent=2) + "\n")

@@ -81,7 +81,7 @@ def test_only_the_arms_that_read_a_key_change_with_it(micro, scores):
 def test_arms_without_their_control_are_refused_before_anything_trains(micro, scores):
     seen = view("arms")
     seen.study.arms.remove("uniform_shared")
-    with pytest.raises(ValueError, match=r"verifiable_shared reads pairs with a shared critic, .* as uniform_shared; add it to study.arms"):
+    with pytest.raises(ValueError, match=r"verifiable_shared reads pairs with a shared critic .* as uniform_shared, equal in these"):
         describe_arms.work(seen, QUIET, str(scores), str(scores.parent / "none"), str(micro.bundle))
     assert not (scores.parent / "none").exists()
 

@@ -43,7 +43,7 @@ def test_a_start_with_one_head_grows_the_others(finished):
     done = stage(finished, 2, "stages.train", "baseline", "models/ntp", "data/processed", "nowhere", *outputs)
     assert "models/ntp: 1 of 4 heads; the others start as copies of its last block" in done.stdout + done.stderr
     metadata = json.loads((finished / outputs[0] / "metadata.json").read_text())
-    assert metadata["extra"]["heads_grown_from"] == 1
+    assert metadata["extra"]["grown_heads"] == json.loads((finished / outputs[2]).read_text())["grown_heads"] == 3
     assert json.loads((finished / outputs[0] / "params.json").read_text())["n_future_tokens"] == 4
     assert "validation_ce_head3" in json.loads((finished / outputs[2]).read_text())
 

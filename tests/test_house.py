@@ -28,7 +28,7 @@ BOTH = [
 TRAINING = [
     "align advantage atomic cache world optim noise pickled flops",
     "weighting bundle scratch",
-    "model checkpoint convert slicing sources provenance tokenizer_json",
+    "model checkpoint convert slicing sources provenance tokenizer_json cells",
     "tokens generate export growth",
     "batches scores sampling",
     "policy critic preference measure drift",

@@ -159,18 +159,30 @@ def test_arms_of_a_study_have_a_control_that_reads_the_same_rows():
         "on_pairs": methods.block("verifiable", **pairs), "even": methods.block("constant_critic", **pairs, **flat),
         "discounted": methods.block("constant_critic", **pairs, **flat | {"gamma": 0.99}),
         "paid": methods.block("constant_critic", **pairs, **flat | {"terminal_credit": True}),
-        "one_net": methods.block("verifiable_shared", beta=0.3),
+        "one_net": methods.block("verifiable_shared", beta=0.3), "one_net_of_all": methods.block("verifiable_shared", **pairs),
+        "one_net_by_value": methods.block("verifiable_shared", value_coef=0.1), "short": methods.block("verifiable", n_future=2),
+        "short_uniform": methods.block("baseline", n_future=2),
     }  # fmt: skip
     whole = validate(with_arms("baseline", "rho1", "on_pairs", "even", "one_net", "uniform_shared", **blocks))
     found = controls({arm: whole.methods[arm] for arm in whole.study.arms})
     assert found == {
         "baseline": None, "rho1": "baseline", "on_pairs": "even", "even": None, "one_net": "uniform_shared", "uniform_shared": None
     }  # fmt: skip
+    heads = validate(with_arms("baseline", "ntp", "short", "short_uniform", "verifiable", **blocks))
+    assert controls({arm: heads.methods[arm] for arm in heads.study.arms}) == {
+        "baseline": None, "ntp": "baseline", "short": "short_uniform", "short_uniform": "baseline", "verifiable": "baseline"
+    }  # fmt: skip
     for arms, told in (
-        (("baseline", "on_pairs"), "on_pairs reads pairs, .* expected a block with weighting constant_critic"),
-        (("baseline", "on_pairs", "discounted"), r"on_pairs reads pairs, .* gamma 1\.0 and no terminal_credit"),
-        (("baseline", "on_pairs", "paid"), r"on_pairs reads pairs, .* gamma 1\.0 and no terminal_credit"),
-        (("baseline", "verifiable_shared", "even"), "verifiable_shared reads pairs with a shared critic, .* as uniform_shared; add it"),
+        (("baseline", "on_pairs"), r"on_pairs reads pairs \(n_future 4\), .* expected a block with weighting constant_critic"),
+        (("baseline", "on_pairs", "discounted"), r"on_pairs reads pairs .* gamma 1\.0 and no terminal_credit"),
+        (("baseline", "on_pairs", "paid"), r"on_pairs reads pairs .* gamma 1\.0 and no terminal_credit"),
+        (
+            ("baseline", "verifiable_shared", "even"),
+            "verifiable_shared reads pairs with a shared critic .* as uniform_shared, equal in these; add it",
+        ),
+        (("baseline", "short"), r"short reads correct programs \(n_future 2\), and no arm beside it does so with uniform weights"),
+        (("baseline", "one_net_of_all", "uniform_shared"), "one_net_of_all reads .* policy_on_incorrect weighted"),
+        (("baseline", "one_net_by_value", "uniform_shared"), r"one_net_by_value reads .* value_coef 0\.1"),
         (("baseline", "even"), "study.arms: baseline, even: each is"),
     ):
         found = validate(with_arms(*arms, **blocks))

@@ -336,15 +336,15 @@ def test_new_heads_are_copies_of_the_last_block(large, tensors, tokenizer, tmp_p
 
 def test_a_model_grown_as_it_is_loaded_is_the_grown_bundles(large, tmp_path):
     grow_heads(large, tmp_path / "grown", 6)
-    model, facts = load_grown(large, 6, "cpu")
+    model, n_grown = load_grown(large, 6, "cpu")
     expected = load_bundle(tmp_path / "grown", dtype=torch.float32)
-    assert facts == {"heads_grown_from": 3} and model.args == expected.args and not model.training
+    assert n_grown == 3 and model.args == expected.args and not model.training
     for (name, mine), (other, theirs) in zip(model.state_dict().items(), expected.state_dict().items(), strict=True):
         assert name == other and torch.equal(mine, theirs)
     parameters = list(model.parameters())
     assert len({one.data_ptr() for one in parameters}) == len(parameters) and all(one.requires_grad for one in parameters)
-    same, nothing = load_grown(large, 2, "cpu")
-    assert nothing == {} and same.n_future == 2
+    same, none = load_grown(large, 2, "cpu")
+    assert none == 0 and same.n_future == 2
 
 
 def test_growing_and_reading_back_fewer_heads_is_the_identity(large, tmp_path):

@@ -10,11 +10,11 @@ from wmtp.progress import say
 from wmtp.slicing import grown_from
 
 
-def load_grown(path: str | Path, n_future: int, device: str | torch.device) -> tuple[Transformer, dict[str, int]]:
-    """(model in float32 with `n_future` heads, what to record of it: `heads_grown_from`, or nothing where the bundle has as many)."""
+def load_grown(path: str | Path, n_future: int, device: str | torch.device) -> tuple[Transformer, int]:
+    """(model in float32 with `n_future` heads, how many of them the bundle lacks)."""
     args = read_args(path)
     if n_future <= args.n_future_tokens:
-        return load_bundle(path, n_future=n_future, dtype=torch.float32, device=device), {}
+        return load_bundle(path, n_future=n_future, dtype=torch.float32, device=device), 0
     verify(path)
     with torch.device("meta"):
         model = Transformer(args.with_heads(n_future))
@@ -24,4 +24,4 @@ def load_grown(path: str | Path, n_future: int, device: str | torch.device) -> t
         state[name] = held[sources[name]] if sources[name] == name else held[sources[name]].clone()
     model.load_state_dict(state, strict=True, assign=True)
     say(f"{path}: {args.n_future_tokens} of {n_future} heads; the others start as copies of its last block")
-    return model.requires_grad_(True).eval(), {"heads_grown_from": args.n_future_tokens}
+    return model.requires_grad_(True).eval(), n_future - args.n_future_tokens
