@@ -7,7 +7,9 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 import yaml
+from sentencepiece import sentencepiece_model_pb2
 
 from stages import describe_arms, describe_code
 from stages import train as stage
@@ -15,9 +17,12 @@ from tests import methods
 from tests.test_train import signal_of
 from wmtp import dependencies, params, policy
 from wmtp.dependencies import ROOT
+from wmtp.model import load_bundle
 from wmtp.scores import write_scores
+from wmtp.tokens import TokenData
 from wmtp.view import View, declared_keys
 from wmtp.weighting import METHODS
+from wmtp.world import World
 
 STUDY = yaml.safe_load((ROOT / "study/dvc.yaml").read_text())
 BLOCKS = {**{name: methods.block(name, 3) for name in METHODS}, "verifiable_beta_03": {**methods.block("verifiable", 3), "beta": 0.3}}
@@ -76,6 +81,68 @@ def test_only_the_arms_that_read_a_key_change_with_it(micro, scores):
         "verifiable_beta_03"
     }
     assert json.loads(before["verifiable"])["beta"] == 0.9 and "beta" not in json.loads(before["verifiable_beta_03"])
+
+
+def test_a_description_changes_with_what_its_arm_depends_on_and_with_nothing_else(micro, scores, tmp_path, monkeypatch):
+    _, before = described(micro, scores, "one")
+    reading = {arm for arm in BLOCKS if json.loads(before[arm])["scores"]}
+    critics = {arm for arm in reading if json.loads(before[arm])["signal"] == "critic"}
+    assert critics and reading - critics
+    file = scores / "critic.safetensors"
+    file.write_bytes(file.read_bytes() + b" ")
+    assert {arm for arm, text in described(micro, scores, "two")[1].items() if text != before[arm]} == critics
+    file.write_bytes(file.read_bytes()[:-1])
+    other = shutil.copytree(micro.reference, tmp_path / "other")
+    describe_arms.work(view("arms"), QUIET, str(scores), str(tmp_path / "own"), str(micro.bundle), f"ntp_full={other}")
+    changed = {arm for arm in BLOCKS if (tmp_path / f"own/{arm}.json").read_text() != before[arm]}
+    own = json.loads((tmp_path / "own/ntp_full.json").read_text())
+    assert changed == {"ntp_full"} and own["start"] == str(other) and own["start_sha256"] != json.loads(before["baseline"])["start_sha256"]
+    assert (
+        all(json.loads(before[arm])["files"] for arm in BLOCKS) and "wmtp/weighting/shuffled.py" in json.loads(before["shuffled"])["files"]
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("changed", ["scores", "start_sha256", "files"])
+def test_a_cell_whose_inputs_are_not_those_it_was_described_with_is_refused(micro, scores, data, changed, monkeypatch):
+    """DVC knows the cell by its description; what is read beside it must not have changed since."""
+    monkeypatch.setenv("DVC_ROOT", str(scores.parent))
+    folder, found = described(micro, scores, "then", train_anyway=True)
+    arm = folder / "verifiable.json"
+    if changed == "scores":
+        rows = [signal_of(data)(row) * 0.5 for row in range(len(data))]
+        write_scores(scores / "critic.safetensors", rows, data, "d" * 64, unit="probability", gate_passed=False)
+    else:
+        older = {"start_sha256": "0" * 64, "files": {"wmtp/weighting/advantage.py": "0" * 64}}[changed]
+        arm.write_text(json.dumps(json.loads(found["verifiable"]) | {changed: older}))
+    paths = [str(scores.parent / name) for name in ("model", "log.csv", "report.json")]
+    with pytest.raises(ValueError, match=f"arm verifiable: its {changed} changed after it was described; run launch/study again"):
+        stage.work(view("train@verifiable-1", train_anyway=True), QUIET, "verifiable", str(arm), str(micro.processed), str(scores), *paths)
+    assert not (scores.parent / "model").exists()
+
+
+@pytest.mark.slow
+def test_the_training_stage_takes_its_seed_its_validation_and_its_tokenizer_from_where_it_should(micro, scores, tmp_path, monkeypatch):
+    monkeypatch.setenv("DVC_ROOT", str(scores.parent))
+
+    def run(name, start, seed=1, arm="random_k"):
+        paths = [str(tmp_path / f"{name}-{file}") for file in ("model", "log.csv", "report.json")]
+        seen = view(f"train@{arm}-1", seed=seed)
+        stage.work(seen, QUIET, arm, str(start), str(micro.processed), str(scores), *paths)
+        return (tmp_path / f"{name}-log.csv").read_text(), json.loads((tmp_path / f"{name}-report.json").read_text())
+
+    log, report = run("one", micro.bundle)
+    assert run("again", micro.bundle) == (log, report) and run("two", micro.bundle, seed=2)[0] != log
+    model, alone = load_bundle(tmp_path / "one-model", dtype=torch.float32), World(0, 1, torch.device("cpu"))
+    for split, same in (("validation", True), ("policy", False)):
+        ce = stage.train.validation(model, TokenData(micro.processed, split), alone, 4096)["validation_ce_head0"]
+        assert (ce == pytest.approx(report["validation_ce_head0"], rel=1e-6)) == same
+    other = shutil.copytree(micro.bundle, tmp_path / "other")
+    model = sentencepiece_model_pb2.ModelProto.FromString((micro.bundle / "tokenizer.model").read_bytes())
+    model.trainer_spec.input_format = "other"
+    (other / "tokenizer.model").write_bytes(model.SerializeToString())
+    with pytest.raises(ValueError, match=r"policy\.start"):
+        run("refused", other)
 
 
 def test_arms_without_their_control_are_refused_before_anything_trains(micro, scores):

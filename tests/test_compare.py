@@ -128,11 +128,20 @@ def test_a_bootstrap_p_is_never_zero():
 
 @pytest.mark.parametrize(
     ("ours", "theirs", "same"),
-    [((3, 9), (3, 9), True), ((6, 9), (3, 9), False), ((3, 9), (3, 8), False), ((3, 9), (), True), ((), (3, 9), True)],
+    [
+        ((3, 9, 0), (3, 9, 0), True),
+        ((6, 9, 0), (3, 9, 0), False),
+        ((3, 9, 0), (3, 8, 0), False),
+        ((3, 9, 3), (3, 9, 0), False),
+        ((3, 9, 3), (3, 9, 3), True),
+        ((3, 9, 3), (), True),
+        ((), (3, 9, 0), True),
+    ],
 )
 def test_trainings_of_another_budget_are_told_apart(ours, theirs, same):
     one, other = (
-        replace(result(name, [0.0, 1.0, 0.5]), training=dict(zip(compare.BUDGET, spent))) for name, spent in (("a", ours), ("b", theirs))
+        replace(result(name, [0.0, 1.0, 0.5]), training=dict(zip((*compare.BUDGET, "grown_heads"), spent)))
+        for name, spent in (("a", ours), ("b", theirs))
     )
     assert difference(one, other, "humaneval", "pass@1", 100).same_budget is same
 
@@ -237,6 +246,7 @@ TRAINING = {
     "steps": 20,
     "tokens": 1000,
     "parameters": 300,
+    "grown_heads": 0,
     "train_flops": 600_000,
     "signal_flops": 50_000,
     "total_flops": 650_000,
@@ -348,7 +358,7 @@ def test_a_missing_file_is_named(root, path, message):
         (
             "metrics/baseline/train.json",
             '{"steps": 3}',
-            "train.json: no validation_ce_head0, tokens, parameters, train_flops, signal_flops, total_flops, found steps",
+            "train.json: no validation_ce_head0, tokens, parameters, grown_heads, train_flops, signal_flops, total_flops, found steps",
         ),
         ("metrics/baseline/train.csv", "", "train.csv: not a table of numbers"),
         ("metrics/baseline/train.csv", "step,loss,ce_head0\n", "train.csv: no step, loss, ce_head0, found nothing"),

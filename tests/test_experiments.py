@@ -1,5 +1,6 @@
 """Which revisions make seeds of one experiment, and what is refused."""
 
+import hashlib
 import json
 import re
 import subprocess
@@ -10,7 +11,7 @@ import yaml
 from tests.pipeline import run
 from wmtp import experiments
 from wmtp.dependencies import ROOT
-from wmtp.experiments import ExperimentError, by_seed, check_trained_with, trained
+from wmtp.experiments import ExperimentError, by_seed, check_alike, check_trained_with, trained
 
 
 @pytest.fixture
@@ -84,6 +85,39 @@ def test_nothing_is_read_from_outside_a_repository(tmp_path, monkeypatch):
     with pytest.raises(ExperimentError, match="git show"):
         by_seed(["HEAD", "main"])
     assert subprocess.run(["git", "status"], cwd=tmp_path, capture_output=True).returncode != 0
+
+
+def test_seeds_of_other_code_data_or_parameters_are_not_pooled(repository, tmp_path):
+    train, evaluation = b'{"steps": 1}', b"{}"
+
+    def commit(name, dep="d", temperature=0.8, report=train):
+        own = {"path": "models/rho1", "md5": name}
+        lock = {
+            "train@rho1": {
+                "deps": [{"path": "models/warm", "md5": dep}], "params": {"params.yaml": {"training.seed": len(name)}},
+                "outs": [own, {"path": "metrics/rho1/train.json", "md5": hashlib.md5(train).hexdigest()}],
+            },
+            "sample@rho1": {"deps": [own], "params": {"params.yaml": {"evaluation.temperature": temperature}}, "outs": []},
+            "evaluate-humaneval-mbpp@rho1": {"outs": [{"path": "metrics/rho1/eval.json", "md5": hashlib.md5(evaluation).hexdigest()}]},
+        }  # fmt: skip
+        (tmp_path / "dvc.lock").write_text(yaml.safe_dump({"schema": "2.0", "stages": lock}))
+        (tmp_path / "metrics/rho1").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "metrics/rho1/train.json").write_bytes(report)
+        (tmp_path / "metrics/rho1/eval.json").write_bytes(evaluation)
+        repository(name)
+
+    commit("a")
+    commit("bb")
+    check_alike({1: "a", 2: "bb"}, ["rho1"])
+    commit("ccc", dep="e")
+    with pytest.raises(ExperimentError, match="ccc: rho1 was made from another train models/warm than in a; run both again with one code"):
+        check_alike({1: "a", 3: "ccc"}, ["rho1"])
+    commit("dddd", temperature=0.1)
+    with pytest.raises(ExperimentError, match=r"dddd: rho1 was made from another sample evaluation\.temperature than in a"):
+        check_alike({1: "a", 4: "dddd"}, ["rho1"])
+    commit("eeeee", report=b'{"steps": 2}')
+    with pytest.raises(ExperimentError, match=r"eeeee: metrics/rho1/train\.json is not the file that dvc\.lock knows"):
+        check_alike({1: "a", 5: "eeeee"}, ["rho1"])
 
 
 def test_an_experiment_that_trained_a_part_alone_is_refused(repository, tmp_path):

@@ -106,13 +106,21 @@ def command(*arguments):
 def test_the_card_says_what_the_model_is_and_what_it_scored(micro, tmp_path):
     (tmp_path / "metrics").mkdir()
     (tmp_path / "metrics/eval.json").write_text(json.dumps({"mbpp": {"pass@1": 0.5, "protocol": "alpaca"}}))
-    (tmp_path / "metrics/train.json").write_text(json.dumps({"steps": 151}))
-    done = command(micro.bundle, tmp_path / "out", "--metrics", tmp_path / "metrics")
+    (tmp_path / "metrics/train.json").write_text(json.dumps({"steps": 151, "train_flops": 12}))
+    shutil.copytree(micro.bundle, tmp_path / "bundle")
+    metadata = json.loads((tmp_path / "bundle/metadata.json").read_text())
+    metadata["extra"] |= {"method": "rho1", "n_steps": 150, "flops": 12}
+    (tmp_path / "bundle/metadata.json").write_text(json.dumps(metadata))
+    done = command(tmp_path / "bundle", tmp_path / "out", "--metrics", tmp_path / "metrics")
+    assert done.returncode == 1 and "train.json: steps: expected 150 as the model says of itself, found 151" in done.stderr
+    metadata["extra"]["n_steps"] = 151
+    (tmp_path / "bundle/metadata.json").write_text(json.dumps(metadata))
+    done = command(tmp_path / "bundle", tmp_path / "out", "--metrics", tmp_path / "metrics")
     assert done.returncode == 0 and "a LlamaForCausalLM with its tokenizer" in done.stdout, done.stderr
     card = (tmp_path / "out/README.md").read_text()
     for line in (
         "# bundle",
-        "| training | no training by wmtp |",
+        "| training | by wmtp's method `rho1`, 151 optimizer steps |",
         "| mbpp pass@1 | 0.5 |",
         "| mbpp protocol | alpaca |",
         "| steps | 151 |",

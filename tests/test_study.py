@@ -26,6 +26,7 @@ def result(scores: list[float], protocol: str = "aa", ce: float = 0.5) -> Result
     training = {
         "validation_ce_head0": ce,
         "parameters": 10,
+        "grown_heads": 0,
         "train_flops": 1e9,
         "signal_flops": 5e8,
         "total_flops": 1.5e9,
@@ -79,8 +80,16 @@ def test_wilcoxon_by_hand_under_ties_and_zeros():
     # Ranks 1.5, 1.5, 3 with signs +, +, -: as extreme are sums of ranks 0 to 3 and 3 to 6, which is all of them.
     assert wilcoxon([1, 1, -2]) == 1.0
     assert wilcoxon([1, 1, 2]) == 2 / 8
-    with pytest.raises(CompareError, match="at most 20"):
-        wilcoxon(range(1, 22))
+    assert wilcoxon(range(1, 101)) == 2 / 2**100
+
+
+@given(st.lists(st.integers(-4, 4), min_size=1, max_size=9))
+def test_wilcoxon_agrees_with_all_signs_enumerated(d):
+    kept = [value for value in d if value]
+    ranks = stats.rankdata([abs(value) for value in kept]) if kept else np.array([])
+    sums = [sum(rank for rank, sign in zip(ranks, signs) if sign) for signs in itertools.product((0, 1), repeat=len(kept))]
+    far = abs(sum(rank for rank, value in zip(ranks, kept) if value > 0) - ranks.sum() / 2)
+    assert wilcoxon(d) == np.mean([abs(one - ranks.sum() / 2) >= far - 1e-9 for one in sums])
 
 
 def test_a_contrast_is_paired_by_seed_and_problem():
@@ -91,6 +100,7 @@ def test_a_contrast_is_paired_by_seed_and_problem():
     assert found.difference == pytest.approx(1.25 / 6)
     assert (found.seeds_better, found.seeds_worse, found.p_sign, found.p_wilcoxon) == (2, 0, 0.5, 0.5)
     assert found.low >= 0 and found.mde == pytest.approx(2.8016 * found.stderr, rel=1e-3)
+    assert found.stderr == resampled_means(ours - theirs, 5000).std(ddof=1), "over seeds and problems, not over seeds alone"
 
 
 def test_a_shift_of_all_scores_is_found_in_every_draw():
@@ -107,6 +117,28 @@ def test_primary_contrasts_are_adjusted_among_themselves():
     assert {(one.arm, one.against) for one in others} == {("shuffled", "baseline"), ("rho1", "baseline")}
     for table in (primary, others):
         assert [one.p_holm for one in table] == holm([one.p for one in table])
+
+
+def test_holms_adjustment_is_over_all_benchmarks_of_a_table():
+    found = drawn()
+    for results in found.values():
+        for one in results:
+            one.evaluation["mbpp"] = one.evaluation["humaneval"]
+            named = one.scores["humaneval", "pass@1"]
+            one.scores["mbpp", "pass@1"] = dict(zip(named, reversed(named.values())))
+    rows = contrasts(found, against(*ARMS), 500)
+    for primary in (True, False):
+        table = [one for one in rows if one.primary == primary]
+        assert {one.benchmark for one in table} == {"humaneval", "mbpp"}
+        assert [one.p_holm for one in table] == holm([one.p for one in table])
+
+
+def test_a_run_without_samples_has_nothing_to_compare():
+    found = drawn()
+    for one in found["baseline"]:
+        one.scores.clear()
+    with pytest.raises(CompareError, match="x: no sampled completions of humaneval, expected some; raise n_samples above 0"):
+        contrasts(found, against(*ARMS), 100)
 
 
 def test_a_difference_that_only_one_seed_shows_is_not_certain():
@@ -144,6 +176,9 @@ def test_the_page_and_the_picture(tmp_path):
     ):
         assert expected in text
     assert "a start of its own" not in text
+    assert "†" not in text and "as copies of its last block" not in text
+    grown = study_report.page([arm | {"grown_heads": 3} for arm in arms], [asdict(one) for one in rows], ["humaneval"], 500, STARTS)
+    assert "rho1 began with 3 heads as copies of its last block." in " ".join(grown.split())
     own = {**STARTS, "rho1": {"humaneval": {"pass@1": 0.25, "n_problems": 12}}}
     told = " ".join(study_report.page(arms, [asdict(one) for one in rows], ["humaneval"], 500, own).split())
     assert (
@@ -179,12 +214,13 @@ def test_arms_that_read_other_rows_are_compared_among_themselves(monkeypatch, tm
         study.read_arms(controls, [0, 1], tmp_path, tmp_path)
 
 
-def test_arms_of_another_budget_are_refused(monkeypatch, tmp_path):
+@pytest.mark.parametrize("seed", [0, 1])
+def test_arms_of_another_budget_are_refused(monkeypatch, tmp_path, seed):
     results = {f"{arm}-{seed}": found for arm, row in drawn(("baseline", "rho1"), 2).items() for seed, found in enumerate(row)}
     saved(monkeypatch, results)
     assert set(study.read_arms(against("baseline", "rho1"), [0, 1], tmp_path, tmp_path)) == {"baseline", "rho1"}
-    results["rho1-1"].training["tokens"] = 901
-    with pytest.raises(CompareError, match="seed 1: the arms differ in steps and tokens"):
+    results[f"rho1-{seed}"].training["tokens"] = 901
+    with pytest.raises(CompareError, match=f"seed {seed}: the arms differ in steps and tokens"):
         study.read_arms(against("baseline", "rho1"), [0, 1], tmp_path, tmp_path)
 
 
@@ -194,3 +230,6 @@ def test_a_star_needs_both_tests(p_holm, p_wilcoxon, starred):
     rows = [asdict(one) | {"p_holm": p_holm, "p_wilcoxon": p_wilcoxon} for one in contrasts(found, against(*found), 100)]
     text = study_report.page(study.arm_rows(found), rows, ["humaneval"], 100, STARTS)
     assert (f"{p_holm:.3f}*" in text) == starred
+    own = {**STARTS, **{arm: {"humaneval": {"pass@1": 0.25, "n_problems": 12}} for arm in ARMS if arm != "baseline"}}
+    marked = study_report.page(study.arm_rows(found), rows, ["humaneval"], 100, own)
+    assert f"{p_holm:.3f}†" in marked and f"{p_holm:.3f}*" not in marked and "†: from a start of its own" in " ".join(marked.split())

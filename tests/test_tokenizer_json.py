@@ -59,10 +59,19 @@ def test_every_program_of_the_task_has_the_same_ids(models):
 
 
 def test_pieces_whose_characters_were_cut_off_are_counted():
-    model = schema.ModelProto.FromString(train_tokenizer(corpus(3, 300), 400))
-    model.pieces[-1].piece = SPACE + "é"  # é itself is no piece
-    made = fast_tokenizer(model.SerializeToString(), "tokenizer.model")
-    assert made.unreachable == [SPACE + "é"]
+    """é alone is two bytes, a merge; 這 is three, which would need a token of two; ▁ñ holds a character that is no piece."""
+    model = schema.ModelProto.FromString(cut_tokenizer(train_tokenizer(corpus(3, 300), 400), 340)[0])
+    for place, piece in ((-4, "é"), (-3, "é" + SPACE), (-2, "這"), (-1, SPACE + "ñ")):
+        model.pieces[place].piece = piece
+    content = model.SerializeToString()
+    made = fast_tokenizer(content, "tokenizer.model")
+    theirs, ours = sentencepiece.SentencePieceProcessor(model_proto=content), tokenizers.Tokenizer.from_str(made.text)
+    assert made.unreachable == sorted(["這", SPACE + "ñ"]) and ours.get_vocab_size() == len(theirs) == 340
+    for text in ("é", "aé é", "éa", "ü", "é é é", "a\u00e9\u00e9 "):
+        assert ours.encode(text).ids[1:] == theirs.encode(text), text
+    for text in ("a這", "這é ñ", "x ñ"):
+        assert ours.decode(theirs.encode(text)) == text, "a model may write them, and then they read as they should"
+        assert ours.decode(ours.encode(text).ids[1:]) == text
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,7 @@ SHARED_KEYS = {
 }  # fmt: skip
 MORE_KEYS = ("greedy", "greedy_stderr", "tests_passed", "exact_match")
 EVALUATION_KEYS = ("greedy", "greedy_stderr", "n_problems", *SHARED_KEYS)
-TRAINING_KEYS = ("validation_ce_head0", "tokens", "steps", "parameters", "train_flops", "signal_flops", "total_flops")
+TRAINING_KEYS = ("validation_ce_head0", "tokens", "steps", "parameters", "grown_heads", "train_flops", "signal_flops", "total_flops")
 BUDGET = ("steps", "tokens")
 LOG_KEYS = ("step", "loss", "ce_head0")
 CRITIC_KEYS = ("passed", "auc", "auc_low", "auc_high", "length_auc", "delta_std", "bug_localisation")
@@ -60,7 +60,7 @@ class Difference:
 
     `better` and `worse` count the problems on which the two differ. `mde`: the smallest true difference that a two-sided 5 % test would
     find with 80 % power at this standard error; None where no problem differs, since then the spread is unknown. `same_budget`: not two
-    trainings of other steps or tokens, which may differ by that alone.
+    trainings of other steps or tokens, or of which one had heads to grow, which may differ by that alone.
     """
 
     method: str
@@ -236,13 +236,18 @@ def difference(method: Result, against: Result, benchmark: str, measure: str, re
     test, p = ("exact McNemar", mcnemar(better, worse)) if measure == "greedy" else ("paired bootstrap", bootstrap_p(means))
     return Difference(
         method.name, against.name, benchmark, measure, len(d), float(d.mean()), stderr, float(low), float(high), better, worse, test, p, p,
-        minimum_detectable(stderr), same_budget(method, against),
+        minimum_detectable(stderr), same_budget(method, against) and same_start(method, against),
     )  # fmt: skip
 
 
 def same_budget(one: Result, other: Result) -> bool:
     """Whether both trained on as many tokens in as many steps; true where one was not trained."""
     return not (one.training and other.training) or all(one.training[key] == other.training[key] for key in BUDGET)
+
+
+def same_start(one: Result, other: Result) -> bool:
+    """Whether as many heads began as copies of the last block; true where one was not trained."""
+    return not (one.training and other.training) or one.training["grown_heads"] == other.training["grown_heads"]
 
 
 def differences(results: Sequence[Result], against: str, resamples: int, pairs: Sequence[tuple[str, str]] = ()) -> list[Difference]:

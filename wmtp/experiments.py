@@ -5,6 +5,7 @@ parameters but for `training.seed`. A page, tables and a picture go to OUT; noth
 """
 
 import argparse
+import hashlib
 import json
 import subprocess
 import sys
@@ -75,7 +76,7 @@ def check_trained_with(seed: int, rev: str, methods: Sequence[str]) -> None:
     """ExperimentError unless in the revision's dvc.lock each method was trained and sampled with this seed, and each stage read what the
     one before it wrote: an experiment may have run a part alone.
     """
-    stages = parse_yaml(output_of("git", "show", f"{rev}:dvc.lock"))["stages"]
+    stages = locked_stages(rev)
     mend = "run the experiment without a target"
     for method in methods:
         for name in (f"train@{method}", f"sample@{method}"):
@@ -89,6 +90,43 @@ def check_trained_with(seed: int, rev: str, methods: Sequence[str]) -> None:
             )
             if wrote is None or wrote != read:
                 raise ExperimentError(f"{rev}: {taker}@{method} did not read the {path} that {maker}@{method} wrote last; {mend}")
+
+
+def locked_stages(rev: str) -> dict[str, Any]:
+    return parse_yaml(output_of("git", "show", f"{rev}:dvc.lock"))["stages"]
+
+
+def made_from(rev: str, method: str) -> dict[str, Any]:
+    """All that a revision's dvc.lock says of what a method's results were made from, but for the seed and the method's own files."""
+    stages, found = locked_stages(rev), {}
+    for stage in ("train", "sample", EVALUATE):
+        entry = stages.get(f"{stage}@{method}", {})
+        own = {out["path"] for name in ("train", "sample") for out in stages.get(f"{name}@{method}", {}).get("outs", [])}
+        found |= {f"{stage} {dep['path']}": dep.get("md5") for dep in entry.get("deps", []) if dep["path"] not in own}
+        found |= {
+            f"{stage} {key}": value for key, value in entry.get("params", {}).get("params.yaml", {}).items() if key != "training.seed"
+        }
+    return found
+
+
+def check_alike(revs: Mapping[int, str], methods: Sequence[str]) -> None:
+    """ExperimentError where methods were made from other data, models, code or parameters than with the first seed, or where a metrics
+    file is not the one that dvc.lock knows.
+    """
+    first = next(iter(revs.values()))
+    for rev in revs.values():
+        for method in methods:
+            one, other = made_from(first, method), made_from(rev, method)
+            if apart := [key for key in {**one, **other} if one.get(key) != other.get(key)]:
+                raise ExperimentError(f"{rev}: {method} was made from another {apart[0]} than in {first}; run both again with one code")
+            outs = [out for stage in ("train", EVALUATE) for out in locked_stages(rev).get(f"{stage}@{method}", {}).get("outs", [])]
+            for out in outs:
+                if out["path"].startswith("metrics/") and hashlib.md5(bytes_of(rev, out["path"])).hexdigest() != out.get("md5"):
+                    raise ExperimentError(f"{rev}: {out['path']} is not the file that dvc.lock knows; run the experiment again")
+
+
+def bytes_of(rev: str, path: str) -> bytes:
+    return subprocess.run(["git", "show", f"{rev}:{path}"], capture_output=True, check=True).stdout
 
 
 def extracted(revs: Mapping[int, str], methods: Sequence[str], folder: Path) -> None:
@@ -118,6 +156,7 @@ def compare(revs: Sequence[str], out: Path) -> str:
     methods, whole = trained(revs[0]), parameters(revs[0])
     for seed, rev in seeds.items():
         check_trained_with(seed, rev, methods)
+    check_alike(seeds, methods)
     against = controls({method: whole.methods[method] for method in methods})
     start = json.loads(output_of("git", "show", f"{revs[0]}:metrics/{START}/eval.json"))
     with tempfile.TemporaryDirectory() as temporary:

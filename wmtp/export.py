@@ -47,7 +47,7 @@ def export(bundle: str | Path, out: str | Path, dtype: str | None = None, metric
     dtype = dtype or metadata["dtype"]
     if dtype not in ITEM_BYTES:
         raise BundleError(f"dtype: expected one of {', '.join(ITEM_BYTES)}, found {dtype}")
-    figures = {name: read_json(Path(metrics) / name) for name in FILES} if metrics else {}
+    figures = figures_of(metrics, metadata["extra"]) if metrics else {}
     content = (Path(bundle) / "tokenizer.model").read_bytes()
     tokenizer = fast_tokenizer(content, f"{bundle}/tokenizer.model")
     ids = special_ids(content)
@@ -60,6 +60,17 @@ def export(bundle: str | Path, out: str | Path, dtype: str | None = None, metric
         (folder / "tokenizer.model").write_bytes(content)
         (folder / "README.md").write_text(card(Path(bundle), args, metadata, dtype, figures, tokenizer), encoding="utf-8")
     return tokenizer
+
+
+def figures_of(metrics: str | Path, extra: dict[str, Any]) -> dict[str, dict]:
+    """eval.json and train.json; BundleError where the latter is of another training than the bundle's."""
+    figures = {name: read_json(Path(metrics) / name) for name in FILES}
+    for key, known in (("steps", extra.get("n_steps")), ("train_flops", extra.get("flops"))):
+        if figures["train.json"].get(key) != known:
+            raise BundleError(
+                f"{metrics}/train.json: {key}: expected {known} as the model says of itself, found {figures['train.json'].get(key)}"
+            )
+    return figures
 
 
 def special_ids(content: bytes) -> dict[str, int]:
@@ -154,8 +165,8 @@ def card(path: Path, args: ModelArgs, metadata: dict, dtype: str, figures: dict[
             lines += [f"\n## Figures {words}\n\n| | |\n|---|---|", *(f"| {key} | {value} |" for key, value in flat(figures[name]))]
     if tokenizer.unreachable:
         lines.append(
-            f"\n{len(tokenizer.unreachable)} pieces of tokenizer.model hold characters that it has no piece for; tokenizer.json spells text"
-            " with them in bytes, SentencePiece does not."
+            f"\n{len(tokenizer.unreachable)} pieces of tokenizer.model cannot be given by tokenizer.json (wmtp/tokenizer_json.py): text"
+            " with them has other ids there than under SentencePiece."
         )
     return "\n".join(lines) + "\n"
 

@@ -16,7 +16,8 @@ Grid = tuple[list[str], list[list[str]], int]
 
 ALPHA = 0.05
 OTHER_BUDGET = (
-    " †: the two took other steps or read other tokens (see above), so that the difference is not the weights' alone; never marked *."
+    " †: the two took other steps, read other tokens (see above) or had other heads to grow, so that the difference is not the weights'"
+    " alone; never marked *."
 )
 FLOPS = (
     "FLOPs: 2 a weight and position forward, 4 backward, at the positions that are computed: heads compute no prompt, the vocabulary is"

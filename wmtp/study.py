@@ -5,7 +5,6 @@ the critic, the reference, the benchmarks and, but for ntp_full, the warm-up: th
 problems of the same kind, not of another critic, another start or another draw of the training set.
 """
 
-import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -31,8 +30,8 @@ from wmtp.compare import (
 )
 
 MEASURE = "pass@1"
+ROW_KEYS = ("steps", "tokens", "parameters", "grown_heads", "train_flops", "total_flops")
 PRIMARY = (("verifiable", "baseline"), ("verifiable", "shuffled"), ("verifiable", "position_only"))
-MAX_ENUMERATED = 20
 
 
 @dataclass(frozen=True)
@@ -85,7 +84,9 @@ def read_arms(controls: Controls, seeds: Sequence[int], metrics: Path, verdicts:
 
 
 def scores(results: Sequence[Result], benchmark: str) -> np.ndarray:
-    """Shares of passing samples [seeds, problems], problems in the order of their ids."""
+    """Shares of passing samples [seeds, problems], problems in the order of their ids; CompareError where none was sampled."""
+    if (benchmark, MEASURE) not in results[0].scores:
+        raise CompareError(f"{results[0].name}: no sampled completions of {benchmark}, expected some; raise n_samples above 0")
     return np.array([[result.scores[benchmark, MEASURE][task] for task in sorted(result.scores[benchmark, MEASURE])] for result in results])
 
 
@@ -103,17 +104,18 @@ def resampled_means(d_SP: np.ndarray, resamples: int) -> np.ndarray:
 
 
 def wilcoxon(d: Sequence[float]) -> float:
-    """Exact two-sided signed-rank p-value by enumeration of all signs; zeros are dropped, ties share their mean rank."""
+    """Exact two-sided signed-rank p-value over all signs; zeros are dropped, ties share their mean rank."""
     d = np.array([value for value in d if value != 0])
     if not len(d):
         return 1.0
-    if len(d) > MAX_ENUMERATED:
-        raise CompareError(f"Wilcoxon over {len(d)} seeds, expected at most {MAX_ENUMERATED}; use fewer seeds in study.seeds")
     _, place, counts = np.unique(np.abs(d).round(12), return_inverse=True, return_counts=True)
-    ranks = (np.cumsum(counts) - (counts - 1) / 2)[place]
-    signs = np.array(list(itertools.product((0, 1), repeat=len(d))))
-    middle = ranks.sum() / 2
-    return float(np.mean(np.abs(signs @ ranks - middle) >= abs(ranks[d > 0].sum() - middle) - 1e-9))
+    doubled = (2 * np.cumsum(counts) - (counts - 1))[place]  # ranks are halves where two are tied
+    ways = [1]  # of the 2^n signs, by the sum of the positive doubled ranks
+    for rank in doubled.tolist():
+        ways = [a + b for a, b in zip([*ways, *[0] * rank], [*[0] * rank, *ways])]
+    total, found = int(doubled.sum()), int(doubled[d > 0].sum())
+    far = sum(count for sum_, count in enumerate(ways) if abs(2 * sum_ - total) >= abs(2 * found - total))
+    return far / 2 ** len(d)
 
 
 def contrast(arm: str, ours: np.ndarray, against: str, theirs: np.ndarray, benchmark: str, resamples: int) -> Contrast:
@@ -156,5 +158,5 @@ def arm_rows(found: Mapping[str, Sequence[Result]]) -> list[dict[str, Any]]:
         columns["validation_ce_head0"] = np.array([result.training["validation_ce_head0"] for result in results])
         for name, values in columns.items():
             row |= {name: float(values.mean()), f"{name}_sd": float(values.std(ddof=1)) if len(values) > 1 else math.nan}
-        rows.append(row | {key: results[0].training[key] for key in ("steps", "tokens", "parameters", "train_flops", "total_flops")})
+        rows.append(row | {key: results[0].training[key] for key in ROW_KEYS})
     return rows

@@ -11,6 +11,7 @@ from wmtp.pages import GREY, colour, grid, p_value, panels, paragraph, points, t
 from wmtp.records import write_rows, write_text
 
 ALPHA = 0.05
+OWN_START = "; †: from a start of its own, see below, so that the difference is not the methods' alone: never marked *"
 
 
 def write(
@@ -66,16 +67,17 @@ def page(
         ("## Primary contrasts", primary),
         (f"## Every other arm against {' or '.join(dict.fromkeys(one['against'] for one in others))}", others),
     ):
-        blocks += [heading, grid(*_contrasts(rows))] if rows else []
+        blocks += [heading, grid(*_contrasts(rows, starts))] if rows else []
     blocks += [
         paragraph(
             f"Differences of pass@1 in points, paired by seed and problem; seed sd: their standard deviation between seeds. Interval, p:"
             f" {resamples:,} bootstrap resamples of seeds and of problems, drawn independently. Holm p: p adjusted for all rows of its"
-            f" table (*: below {ALPHA:g}, and Wilcoxon's too). Wilcoxon, sign: exact tests over the seeds' means, which with {n_seeds}"
-            f" seeds cannot fall below {2 / 2**n_seeds:.3f}. MDE: minimum detectable effect, the smallest true difference that one"
-            " unadjusted 5 % test would find with 80 % power, by normal quantiles. Drawn in this way the noise of one run on one problem"
-            f" counts about three times, the variance between seeds {n_seeds - 1}/{n_seeds} times (the pigeonhole bootstrap, Owen 2007):"
-            " intervals, p and MDE are too wide where the former is most of it, a little too narrow where the latter is."
+            f" table (*: below {ALPHA:g}, and Wilcoxon's too{OWN_START if _own(starts) else ''}). Wilcoxon, sign: exact tests over the"
+            f" seeds' means, which with {n_seeds} seeds cannot fall below {2 / 2**n_seeds:.3f}. MDE: minimum detectable effect, the"
+            " smallest true difference that one unadjusted 5 % test would find with 80 % power, by normal quantiles. Drawn in this way the"
+            f" noise of one run on one problem counts about three times, the variance between seeds {n_seeds - 1}/{n_seeds} times (the"
+            " pigeonhole bootstrap, Owen 2007): intervals, p and MDE are too wide where the former is most of it, a little too narrow"
+            " where the latter is."
         ),
         "## What the intervals cover",
         paragraph(
@@ -84,12 +86,21 @@ def page(
             + "".join(
                 f" {arm} has a start of its own, which its contrasts hold too: {_scores(starts[arm], benchmarks)}; the others'"
                 f" {_scores(starts[''], benchmarks)}."
-                for arm in starts
-                if arm
+                for arm in _own(starts)
+            )
+            + "".join(
+                f" {arm['arm']} began with {arm['grown_heads']:.0f} heads as copies of its last block."
+                for arm in arms
+                if arm["grown_heads"]
             )
         ),
     ]
     return "\n\n".join(blocks) + "\n"
+
+
+def _own(starts: Mapping[str, Any]) -> list[str]:
+    """Arms with a start of their own."""
+    return [arm for arm in starts if arm]
 
 
 def _scores(evaluation: Mapping[str, Mapping[str, float]], benchmarks: Sequence[str]) -> str:
@@ -117,19 +128,26 @@ def _arms(arms: Sequence[Mapping[str, Any]], benchmarks: Sequence[str]) -> tuple
     return header, rows, 1
 
 
-def _contrasts(rows: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]], int]:
+def _contrasts(rows: Sequence[Mapping[str, Any]], starts: Mapping[str, Any]) -> tuple[list[str], list[list[str]], int]:
     header = ["contrast", "benchmark", "difference", "95 % interval", "seed sd", "p", "Holm p ", "Wilcoxon", "sign", "MDE"]
     cells = [
         [
             f"{one['arm']} - {one['against']}", title(one["benchmark"]), points(one["difference"]),
             f"{points(one['low'])} to {points(one['high'])}", f"{100 * one['seed_sd']:.1f}",
-            p_value(one["p"]), p_value(one["p_holm"]) + ("*" if max(one["p_holm"], one["p_wilcoxon"]) < ALPHA else " "),
+            p_value(one["p"]), p_value(one["p_holm"]) + _mark(one, starts),
             p_value(one["p_wilcoxon"]), p_value(one["p_sign"]),
             "n/a" if one["mde"] is None else f"{100 * one['mde']:.1f}",
         ]
         for one in rows
     ]  # fmt: skip
     return header, cells, 2
+
+
+def _mark(one: Mapping[str, Any], starts: Mapping[str, Any]) -> str:
+    """A star only where nothing but the methods differs."""
+    if {one["arm"], one["against"]} & set(_own(starts)):
+        return "†"
+    return "*" if max(one["p_holm"], one["p_wilcoxon"]) < ALPHA else " "
 
 
 def draw(contrasts: Sequence[Mapping[str, Any]], by_seed: Mapping[tuple[str, str, str], Sequence[float]], path: Path) -> None:

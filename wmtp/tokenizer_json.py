@@ -4,8 +4,10 @@ SentencePiece merges characters, of which a piece of one's own is not needed: `c
 and spell them as bytes where no merge takes them in. Hugging Face's BPE needs a token for whatever it merges. So there are two forms:
 
 - characters: every character that a longer piece has is a piece itself, as in Llama's own vocabulary;
-- bytes: text is merged from its bytes, which have tokens in any case. A longer piece with a character of several bytes that is no piece
-  cannot be reached in this form; such pieces are counted, and text that needs one is spelled by other ids than SentencePiece's.
+- bytes: text is merged from its bytes, which have tokens in any case. A character of two bytes that is a piece is a merge of them; a
+  piece with one of more bytes, or with one that is no piece, cannot be reached. Such pieces are counted: they are decoded like any other,
+  but text that SentencePiece gives them for is spelled by other ids. And where a byte's letter is a piece, the token of that byte, which
+  SentencePiece then never gives, has its name for its text.
 """
 
 import json
@@ -105,15 +107,19 @@ def byte_form(model: Any, pieces: dict[str, int], prefix: bool) -> tuple[dict[st
     def spelled(piece: str) -> str:
         return "".join(letters[byte] for byte in piece.replace(SPACE, " ").encode())
 
-    within_reach = {piece: index for piece, index in pieces.items() if all(ord(c) < 128 or c == SPACE for c in piece)}
-    vocabulary = {spelled(piece): index for piece, index in within_reach.items()}
+    double = {character for character in pieces if len(character) == 1 and len(character.encode()) == 2}
+    within_reach = {piece: index for piece, index in pieces.items() if all(ord(c) < 128 or c == SPACE or c in double for c in piece)}
+    vocabulary = {spelled(piece): index for piece, index in pieces.items()}
     for index, piece in enumerate(model.pieces):
         if piece.type == BYTE:
             letter = letters[int(piece.piece, 16) if piece.piece.startswith("0x") else int(piece.piece[1:-1], 16)]
             vocabulary[piece.piece if letter in vocabulary else letter] = index
-        elif piece.type != NORMAL or piece.piece not in within_reach:
+        elif piece.type != NORMAL:
             vocabulary[piece.piece] = index
-    merges = [(spelled(left), spelled(right)) for left, right in merges_of(model, within_reach)]
+    if len(vocabulary) != len(model.pieces):
+        raise BundleError(f"{len(model.pieces)} pieces have {len(vocabulary)} names in bytes; tokenizer.json cannot tell them apart")
+    whole = [tuple(spelled(character)) for character in sorted(double, key=pieces.get)]  # a character comes before any merge of two
+    merges = whole + [(spelled(left), spelled(right)) for left, right in merges_of(model, within_reach)]
     normalizers = [{"type": "Prepend", "prepend": " "}] * prefix + [{"type": "Replace", "pattern": {"String": SPACE}, "content": " "}]
     levels = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
     form = {
