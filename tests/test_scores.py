@@ -380,6 +380,26 @@ def test_the_stage_refuses_rows_of_problems_that_the_critic_saw(micro, data, tmp
     assert not (tmp_path / "s").exists()
 
 
+@pytest.mark.parametrize("whose", ["the critic", "the reference"])
+def test_scores_under_another_tokenizer_are_refused(micro, data, tmp_path, whose):
+    from sentencepiece import sentencepiece_model_pb2
+
+    from stages import score_critic, score_reference
+
+    other = TokenData(micro.processed, "validation")
+    path = saved_critic(micro, tmp_path, problems_of(other, np.arange(len(other)))) if whose == "the critic" else tmp_path / "reference"
+    if whose == "the reference":
+        shutil.copytree(micro.reference, path)
+    file = path / "trunk/tokenizer.model" if whose == "the critic" else path / "tokenizer.model"
+    model = sentencepiece_model_pb2.ModelProto.FromString(file.read_bytes())
+    model.trainer_spec.input_format = "another"
+    file.write_bytes(model.SerializeToString())
+    stage = score_critic if whose == "the critic" else score_reference
+    with pytest.raises(ValueError, match=whose):
+        stage.work(PARAMS, None, str(path), str(micro.processed), str(tmp_path / "s"))
+    assert not (tmp_path / "s").exists()
+
+
 def test_scores_of_a_critic_whose_gate_was_judged_anew_are_stale(micro, data, tmp_path):
     critic, path, nothing = a_critic(micro.bundle), tmp_path / "critic", {"task_ids": [], "groups": []}
     save_critic(critic, micro.bundle, path, {"passed": True}, nothing, ALONE)
