@@ -34,7 +34,7 @@ from wmtp.bundle import (
 from wmtp.convert import HUGGINGFACE_FIXED, half_split, huggingface_table
 from wmtp.tokenizer_json import FastTokenizer, fast_tokenizer
 
-SHARD_BYTES = 5 * 10**9
+SHARD_BYTES = 1 << 30  # held in memory, one at a time
 FILES = {"eval.json": "of the evaluation", "train.json": "of the training"}
 
 
