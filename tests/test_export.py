@@ -38,8 +38,9 @@ def test_files_are_those_of_a_llama(micro, exported):
     names = {path.name for path in exported.iterdir()}
     assert names == {
         "config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer.model", "tokenizer_config.json",
-        "README.md",
+        "README.md", ".wmtp-export",
     }  # fmt: skip
+    assert all(path.stat().st_mode & 0o777 == 0o644 for path in exported.iterdir()), "others may read it"
     config, args = json.loads((exported / "config.json").read_text()), read_args(micro.bundle)
     assert config["model_type"] == "llama" and config["num_hidden_layers"] == args.n_trunk < args.n_layers, "extra heads are left out"
     assert (exported / "tokenizer.model").read_bytes() == (micro.bundle / "tokenizer.model").read_bytes()

@@ -161,11 +161,13 @@ def test_two_seeds_through_the_queue(finished):
         time.sleep(2)
     assert status.count("Success") == 2, status
     rows = csv.DictReader(run(finished, "dvc", "exp", "show", "--csv").stdout.splitlines())
-    assert {"2", "3"} <= {row["training.seed"] for row in rows if row["Experiment"]}
+    names = {row["training.seed"]: row["Experiment"] for row in rows if row["Experiment"]}
+    assert {"2", "3"} <= set(names)
     before = run(finished, "git", "status", "--porcelain").stdout
     page = typed(finished, "python -m wmtp.experiments").stdout
     assert "mean of 3 training seeds" in page and "verifiable - baseline" in page
     assert page.strip() == (finished / "seeds/table.md").read_text().strip()
+    assert typed(finished, f"python -m wmtp.experiments HEAD {names['2']} {names['3']}").stdout == page
     assert run(finished, "git", "status", "--porcelain").stdout == before, "nothing in the working tree has changed"
 
 

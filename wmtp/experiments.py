@@ -1,10 +1,12 @@
 """python -m wmtp.experiments [REV...]: the methods over the training seeds that DVC's experiments hold, with intervals over both.
 
-A REV is an experiment's name, a branch or a commit; without any, HEAD and all experiments that were made from it. All must have the same
-parameters but for `training.seed`. A page, tables and a picture go to OUT; nothing in the working tree is changed.
+A REV is an experiment's name, a branch or a commit; all must have the same parameters but for `training.seed` and the report's. Without
+any, HEAD and those of its experiments that have another seed and else the same parameters; the others are named and left out. A page,
+tables and a picture go to OUT; nothing in the working tree is changed.
 """
 
 import argparse
+import contextlib
 import hashlib
 import json
 import subprocess
@@ -17,6 +19,7 @@ from typing import Any
 from wmtp import study, study_report
 from wmtp.arms import controls
 from wmtp.params import Params, parse_yaml, validate
+from wmtp.progress import say
 
 START = "start"
 EVALUATE = "evaluate-humaneval-mbpp"
@@ -34,10 +37,32 @@ def output_of(*command: str) -> str:
     return done.stdout
 
 
+def named_experiments(*options: str) -> dict[str, str]:
+    """Commits of experiments by name, those made from HEAD, or with `--all-commits` all."""
+    return dict(zip(*(output_of("dvc", "exp", "list", *options, kind).split() for kind in ("--name-only", "--sha-only"))))
+
+
+def resolved(revs: Sequence[str]) -> list[str]:
+    """Revisions that git knows: an experiment's name is none. What neither knows stays as it is, to be told by git."""
+    known: dict[str, str] = {}
+    if any(subprocess.run(["git", "rev-parse", "-q", "--verify", f"{rev}^{{commit}}"], capture_output=True).returncode for rev in revs):
+        with contextlib.suppress(ExperimentError):  # no DVC repository
+            known = named_experiments("--all-commits")
+    return [known.get(rev, rev) for rev in revs]
+
+
 def made_from_head() -> list[str]:
-    """HEAD, and the commits of its experiments in the order of their names."""
-    named = dict(zip(*(output_of("dvc", "exp", "list", kind).split() for kind in ("--name-only", "--sha-only"))))
-    return ["HEAD", *(named[name] for name in sorted(named))]
+    """HEAD, and the commits of those of its experiments, in the order of their names, that are further seeds of it."""
+    chosen, seeds, whole = ["HEAD"], {parameters("HEAD").training.seed}, parameters("HEAD").model_dump(mode="json")
+    for name, rev in sorted(named_experiments().items()):
+        values = parameters(rev).model_dump(mode="json")
+        apart = _apart(whole, values) or (["training.seed"] if values["training"]["seed"] in seeds else [])
+        if apart:
+            say(f"{name}: left out, {'its seed is there already' if apart == ['training.seed'] else f'its {apart[0]} is another'}")
+        else:
+            chosen.append(rev)
+            seeds.add(values["training"]["seed"])
+    return chosen
 
 
 def parameters(rev: str) -> Params:
@@ -51,7 +76,7 @@ def by_seed(revs: Sequence[str]) -> dict[int, str]:
     for rev in revs:
         values = parameters(rev).model_dump(mode="json")
         seed = values["training"]["seed"]
-        if apart := [key for key in _differences(first, values) if key != "training.seed"]:
+        if apart := _apart(first, values):
             raise ExperimentError(f"{rev}: {apart[0]} is another than in {revs[0]}; only training.seed may differ, name the revisions")
         if seed in found:
             raise ExperimentError(f"{rev}: training.seed {seed} again, as in {found[seed]}; name each seed's revision once")
@@ -62,6 +87,11 @@ def by_seed(revs: Sequence[str]) -> dict[int, str]:
             " queue start`"
         )
     return found
+
+
+def _apart(one: Any, other: Any) -> list[str]:
+    """Keys that must not differ and do: all but the seed's and those that only shape a report."""
+    return [key for key in _differences(one, other) if key != "training.seed" and not key.startswith("report.")]
 
 
 def _differences(one: Any, other: Any, path: str = "") -> list[str]:
@@ -173,7 +203,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("seeds"), help="where the page goes (default: seeds/)")
     given = parser.parse_args()
     try:
-        print(compare(given.revs or made_from_head(), given.out))
+        print(compare(resolved(given.revs) if given.revs else made_from_head(), given.out))
     except (ValueError, OSError) as error:
         sys.exit(f"wmtp.experiments: {error}")
 

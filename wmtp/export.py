@@ -35,6 +35,7 @@ from wmtp.convert import HUGGINGFACE_FIXED, half_split, huggingface_table
 from wmtp.tokenizer_json import FastTokenizer, fast_tokenizer
 
 SHARD_BYTES = 1 << 30  # held in memory, one at a time
+MARKER = ".wmtp-export"  # a folder that holds it is an earlier export, and replaced
 FILES = {"eval.json": "of the evaluation", "train.json": "of the training"}
 
 
@@ -51,7 +52,8 @@ def export(bundle: str | Path, out: str | Path, dtype: str | None = None, metric
     content = (Path(bundle) / "tokenizer.model").read_bytes()
     tokenizer = fast_tokenizer(content, f"{bundle}/tokenizer.model")
     ids = special_ids(content)
-    with atomic_directory(out, marker="config.json") as folder:
+    with atomic_directory(out, marker=MARKER) as folder:
+        (folder / MARKER).touch()
         write_weights(folder, bundle, args, dtype)
         write_json(folder / "config.json", config(args, dtype, ids))
         write_json(folder / "generation_config.json", {"bos_token_id": ids["bos"], "eos_token_id": ids["eos"], "do_sample": False})
@@ -139,6 +141,7 @@ def write_weights(folder: Path, bundle: str | Path, args: ModelArgs, dtype: str)
         shard = {name: tensor for _, (name, tensor) in zip(names, stream)}
         untie(shard)
         save_file(shard, folder / file, metadata={"format": "pt"})
+        (folder / file).chmod(0o644)  # safetensors writes for its owner alone
     if len(plan) > 1:
         places = {name: file for file, names in plan.items() for name in names}
         write_json(folder / INDEX, {"metadata": {"total_size": n_bytes}, "weight_map": places})
@@ -155,7 +158,7 @@ def card(path: Path, args: ModelArgs, metadata: dict, dtype: str, figures: dict[
         f"| source | {metadata['source']} |",
         f"| training | {trained} |",
         f"| blocks, width, vocabulary | {args.n_layers}, {args.dim}, {args.vocab_size} |",
-        f"| dtype | {dtype} of {metadata['dtype']} |",
+        f"| dtype | {dtype}{'' if dtype == metadata['dtype'] else ', trained in ' + metadata['dtype']} |",
         f"| SHA256 of the bundle | {bundle_sha256(path)} |",
     ]
     if "start_sha256" in extra:
@@ -163,6 +166,11 @@ def card(path: Path, args: ModelArgs, metadata: dict, dtype: str, figures: dict[
     for name, words in FILES.items():
         if name in figures:
             lines += [f"\n## Figures {words}\n\n| | |\n|---|---|", *(f"| {key} | {value} |" for key, value in flat(figures[name]))]
+    if "eval.json" in figures:
+        lines.append(
+            "\nA benchmark's name says its form: with `problems_sha256` other than the published file's, problems of that form were made by"
+            " wmtp's own generator."
+        )
     if tokenizer.unreachable:
         lines.append(
             f"\n{len(tokenizer.unreachable)} pieces of tokenizer.model cannot be given by tokenizer.json (wmtp/tokenizer_json.py): text"
@@ -182,7 +190,7 @@ def flat(figures: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m wmtp.export", description=__doc__)
     parser.add_argument("model", metavar="MODEL", help="a bundle: models/verifiable and the like")
-    parser.add_argument("out", metavar="OUT", help="a folder that from_pretrained loads")
+    parser.add_argument("out", metavar="OUT", help="a folder that from_pretrained loads; an earlier export there is replaced")
     parser.add_argument("--dtype", choices=tuple(ITEM_BYTES), help="of the weights (default: as they are)")
     parser.add_argument("--metrics", metavar="DIR", help="metrics/verifiable and the like: figures for the model card")
     given = parser.parse_args()
