@@ -120,6 +120,28 @@ def test_seeds_of_other_code_data_or_parameters_are_not_pooled(repository, tmp_p
         check_alike({1: "a", 5: "eeeee"}, ["rho1"])
 
 
+def test_experiments_have_names_and_those_of_another_kind_are_left_out(repository, tmp_path, capsys):
+    """Where DVC keeps them: refs/exps, by the commit that they were made from."""
+    repository("base")
+    base = run(tmp_path, "git", "rev-parse", "HEAD").stdout.strip()
+    for name, changes in {
+        "same-seed": [], "five": [(SEED, "seed: 5 ")], "five-again": [(SEED, "seed: 5 ")],
+        "other": [(SEED, "seed: 6 "), ("beta: 0.9 ", "beta: 0.5 ")],
+        "reported": [(SEED, "seed: 7 "), ("method: verifiable", "method: rho1")],
+    }.items():  # fmt: skip
+        repository(f"tag-{name}", *changes)
+        run(tmp_path, "git", "update-ref", f"refs/exps/{base[:2]}/{base[2:]}/{name}", "HEAD")
+    run(tmp_path, "git", "checkout", "-q", base)
+    commits = {name: run(tmp_path, "git", "rev-parse", f"tag-{name}").stdout.strip() for name in ("five", "reported", "other")}
+    assert experiments.made_from_head() == ["HEAD", commits["five"], commits["reported"]]
+    told = capsys.readouterr()
+    said = told.out + told.err
+    for words in ("other: left out, its training.beta is another", "same-seed: left out, its seed is", "five-again: left out, its seed is"):
+        assert words in said
+    assert experiments.resolved(["HEAD", "five", "base", "nowhere"]) == ["HEAD", commits["five"], "base", "nowhere"]
+    assert by_seed(["HEAD", commits["reported"]]) == {1: "HEAD", 7: commits["reported"]}
+
+
 def test_an_experiment_that_trained_a_part_alone_is_refused(repository, tmp_path):
     def locked(name):
         model, text = {"path": f"models/{name}", "md5": "m"}, {"path": f"data/completions/{name}.jsonl", "md5": "t"}

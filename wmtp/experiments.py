@@ -6,7 +6,6 @@ tables and a picture go to OUT; nothing in the working tree is changed.
 """
 
 import argparse
-import contextlib
 import hashlib
 import json
 import subprocess
@@ -37,24 +36,30 @@ def output_of(*command: str) -> str:
     return done.stdout
 
 
-def named_experiments(*options: str) -> dict[str, str]:
-    """Commits of experiments by name, those made from HEAD, or with `--all-commits` all."""
-    return dict(zip(*(output_of("dvc", "exp", "list", *options, kind).split() for kind in ("--name-only", "--sha-only"))))
+def named_experiments(base: str = "") -> dict[str, str]:
+    """Commits of experiments by name, of those made from the commit `base` alone where it is given.
+
+    DVC keeps them as refs/exps/BA/SE.../NAME, the first two parts being the commit that they were made from.
+    """
+    found = {}
+    for line in output_of("git", "for-each-ref", "--format=%(refname) %(objectname)", "refs/exps").splitlines():
+        name, commit = line.split()
+        parts = name.split("/")
+        if len(parts) == 5 and (parts[2] + parts[3]).startswith(base):
+            found[parts[4]] = commit
+    return found
 
 
 def resolved(revs: Sequence[str]) -> list[str]:
     """Revisions that git knows: an experiment's name is none. What neither knows stays as it is, to be told by git."""
-    known: dict[str, str] = {}
-    if any(subprocess.run(["git", "rev-parse", "-q", "--verify", f"{rev}^{{commit}}"], capture_output=True).returncode for rev in revs):
-        with contextlib.suppress(ExperimentError):  # no DVC repository
-            known = named_experiments("--all-commits")
+    known = named_experiments()
     return [known.get(rev, rev) for rev in revs]
 
 
 def made_from_head() -> list[str]:
     """HEAD, and the commits of those of its experiments, in the order of their names, that are further seeds of it."""
     chosen, seeds, whole = ["HEAD"], {parameters("HEAD").training.seed}, parameters("HEAD").model_dump(mode="json")
-    for name, rev in sorted(named_experiments().items()):
+    for name, rev in sorted(named_experiments(output_of("git", "rev-parse", "HEAD").strip()).items()):
         values = parameters(rev).model_dump(mode="json")
         apart = _apart(whole, values) or (["training.seed"] if values["training"]["seed"] in seeds else [])
         if apart:
