@@ -121,7 +121,8 @@ def test_a_program_against_itself_is_pulled_to_one_level():
     with torch.no_grad():
         critic.value.weight.zero_()
     loss, gradients, sums = train(critic, PairwiseObjective(), step)
-    assert loss == pytest.approx(math.log(2)) and all(float(g.abs().max()) < 1e-15 for g in gradients.values())
+    assert loss == pytest.approx(math.log(2))
+    assert max(float(g.abs().max()) for g in gradients.values()) < 1e-12, "the rounding of sums that cancel, which is the processor's"
     assert PairwiseObjective().summary(sums)["pair_accuracy"] == 0.5
 
 
