@@ -61,7 +61,7 @@ def test_what_is_absent_is_one_line_and_the_next_repro_goes_on(finished, tmp_pat
         done = run(folder, "dvc", "repro", target)
     assert "mbpp: left out, their references fail: mbpp/11" in done.stdout + done.stderr
     found = json.loads((folder / "metrics/data.json").read_text())["mbpp"]
-    assert found == {"problems": 7, "references_passed": 7, "references_failed": ["mbpp/11"]}
+    assert found == {"problems": 7, "references_passed": 7, "without_reference": 0, "references_failed": ["mbpp/11"]}
     kept = (folder / "data/processed/benchmarks/mbpp.jsonl").read_text().splitlines()
     assert len(kept) == 7 and not any('"mbpp/11"' in line for line in kept)
 

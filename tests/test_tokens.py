@@ -109,6 +109,13 @@ def test_an_absent_tokenizer_is_an_error(tmp_path):
         Tokenizer(tmp_path)
 
 
+@pytest.mark.parametrize("content", [b"", b"version https://git-lfs.github.com/spec/v1\n"])
+def test_a_damaged_tokenizer_is_an_error(tmp_path, content):
+    (tmp_path / "tokenizer.model").write_bytes(content)
+    with pytest.raises(TokenError, match=r"tokenizer\.model: not a readable SentencePiece model"):
+        Tokenizer(tmp_path)
+
+
 def test_a_row_says_what_it_was_made_from(tokenizer):
     row = encode_row(tokenizer, problem(), 5, solution(is_correct=False), "alpaca")
     assert (row.problem, row.solution_id, row.is_correct, row.span) == (5, "1_a#0", False, (-1, -1))
@@ -248,6 +255,13 @@ def test_the_problem_index_names_each_problems_rows(tokenizer, corpus, rows, tmp
         for label in ("correct", "incorrect"):
             assert all(rows[i].is_correct == (label == "correct") for i in entry[label])
             assert all(rows[i].solution_id.partition("#")[0].partition("/ref")[0] == entry["task_id"] for i in entry[label])
+
+
+def test_a_row_finds_its_problem_where_others_have_no_rows(tokenizer, corpus, rows, tmp_path):
+    kept = [row for row in rows if row.problem % 3 == 1]
+    data = TokenData(write(tmp_path / "out", tokenizer, kept, corpus.training), "policy")
+    found = [data.problems[place]["task_id"] for place in data.problem_of]
+    assert found == [corpus.training[row.problem].task_id for row in kept] and len(data.problems) < len(corpus.training)
 
 
 def test_counts_are_those_of_the_rows(corpus, rows, tmp_path):

@@ -35,7 +35,10 @@ class Tokenizer:
         self.path = Path(bundle) / "tokenizer.model"
         if not self.path.is_file():
             raise TokenError(f"{self.path}: no tokenizer there; run the stage that makes {bundle} (dvc repro)")
-        self.pieces = sentencepiece.SentencePieceProcessor(model_file=str(self.path))
+        try:
+            self.pieces = sentencepiece.SentencePieceProcessor(model_file=str(self.path))
+        except (RuntimeError, OSError) as error:
+            raise TokenError(f"{self.path}: not a readable SentencePiece model: {one_line(error)}; get it again") from None
         self.sha256 = sha256_file(self.path)
         self.bos, self.eos = self.pieces.bos_id(), self.pieces.eos_id()
         self._newline = self.pieces.encode("\n")
@@ -118,23 +121,27 @@ def _token_span(tokenizer: Tokenizer, response_ids: list[int], span: tuple[int, 
 
 
 def write_split(path: Path, rows: list[Row], problems: list[Problem]) -> dict[str, Any]:
-    """An Arrow data set of rows and, beside it, the problem index; returns counts for the report. Equal rows give equal bytes."""
+    """An Arrow data set of rows and, beside it, the problem index; returns counts for the report. Equal rows give equal bytes.
+
+    `row.problem` numbers `problems`; on disk a problem is its place in the index, which holds only those that have rows.
+    """
     from datasets import Dataset, disable_progress_bars
 
     disable_progress_bars()
+    by_problem: dict[int, dict[str, list[int]]] = {p: {"correct": [], "incorrect": []} for p in sorted({row.problem for row in rows})}
+    for number, row in enumerate(rows):
+        by_problem[row.problem]["correct" if row.is_correct else "incorrect"].append(number)
+    place = {p: n for n, p in enumerate(by_problem)}
     table = pa.table({
         "input_ids": pa.array([row.input_ids for row in rows], pa.list_(pa.int32())),
         "response_start": pa.array([row.response_start for row in rows], pa.int32()),
         "length": pa.array([len(row.input_ids) for row in rows], pa.int32()),
         "is_correct": pa.array([row.is_correct for row in rows], pa.bool_()),
-        "problem": pa.array([row.problem for row in rows], pa.int32()),
+        "problem": pa.array([place[row.problem] for row in rows], pa.int32()),
         "solution_id": pa.array([row.solution_id for row in rows], pa.string()),
         "span_start": pa.array([row.span[0] for row in rows], pa.int32()),
         "span_end": pa.array([row.span[1] for row in rows], pa.int32()),
     })  # fmt: skip
-    by_problem: dict[int, dict[str, list[int]]] = {}
-    for number, row in enumerate(rows):
-        by_problem.setdefault(row.problem, {"correct": [], "incorrect": []})["correct" if row.is_correct else "incorrect"].append(number)
     index = [
         {
             "task_id": problems[p].task_id,
@@ -143,7 +150,7 @@ def write_split(path: Path, rows: list[Row], problems: list[Problem]) -> dict[st
             "difficulty": problems[p].difficulty,
             **found,
         }
-        for p, found in sorted(by_problem.items())
+        for p, found in by_problem.items()
     ]
     with atomic_directory(path, "problems.json") as partial:
         # A fingerprint of our own: the library's default is random, and DVC would see a change where there is none.
