@@ -283,3 +283,28 @@ def test_entropy_comes_with_the_loss_where_it_is_asked_for(first):
     p = model(tokens).softmax(-1)
     expected = -(p * p.log()).sum(-1) * (targets != IGNORE)
     torch.testing.assert_close(entropy, expected.detach(), rtol=0, atol=1e-12)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("wanted", ["logits", "loss and entropy"])
+def test_the_model_compiles_whole_and_in_real_numbers(wanted):
+    """One graph, none of its values complex, and the gradients of the model that is not compiled."""
+    model, tokens_BT = random_model(SHAPES["heads alone"]), random_tokens(GROUPED, 2, 11)
+    targets_BTF = None if wanted == "logits" else future_targets(tokens_BT, (torch.arange(11) > 3).expand(2, -1), 3)
+    given = {"first": 3, "with_entropy": True} if wanted == "loss and entropy" else {}
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend=backend)
+    found, expected = compiled(tokens_BT, targets_BTF, **given), model(tokens_BT, targets_BTF, **given)
+    torch.testing.assert_close(found, expected)
+    first = [(out[0] if isinstance(out, tuple) else out).sum() for out in (found, expected)]
+    for one, other in zip(*(torch.autograd.grad(total, list(model.parameters())) for total in first)):
+        torch.testing.assert_close(one, other)
+    values = [node.meta.get("example_value") for graph in graphs for node in graph.graph.nodes]
+    tensors = [value for value in values if isinstance(value, torch.Tensor)]
+    assert len(graphs) == 1 and len(tensors) > 100 and not any(value.is_complex() for value in tensors)

@@ -31,19 +31,25 @@ class RMSNorm(nn.Module):
 
 
 def rotary_table(length: int, head_dim: int, theta: float, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """e^(i angle) [length, H/2], computed in complex128 (angles at far positions lose digits in float32); `dtype` is complex.
+    """cos and sin of each position's angles [length, 2, H], each angle twice, sin with the sign that `rotate` gives its partner.
 
-    Computed on the CPU: MPS knows no float64.
+    Computed in float64, as angles at far positions lose digits in float32, and on the CPU: MPS knows no float64.
     """
     frequency = theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float64, device="cpu") / head_dim)
     angle = torch.outer(torch.arange(length, dtype=torch.float64, device="cpu"), frequency)
-    return torch.polar(torch.ones_like(angle), angle).to(device, dtype)
+    cos, sin = angle.cos(), angle.sin()
+    return torch.stack([torch.stack([cos, cos], -1), torch.stack([-sin, sin], -1)], 1).flatten(-2).to(device, dtype)
 
 
 def rotate(x_BTNH: Tensor, turn: Tensor) -> Tensor:
-    """Rotates interleaved pairs, as complex numbers; `turn` is [T, H/2], or [B, T, H/2] when rows stand at different positions."""
-    pairs = torch.view_as_complex(x_BTNH.unflatten(-1, (-1, 2)).to(turn.real.dtype))
-    return torch.view_as_real(pairs * turn.unsqueeze(-2)).flatten(-2).to(x_BTNH.dtype)
+    """Rotates interleaved pairs; `turn` is [T, 2, H], or [B, T, 2, H] when rows stand at different positions.
+
+    In real numbers, which compilers fuse; they leave complex ones alone.
+    """
+    x = x_BTNH.to(turn.dtype)
+    cos, sin = turn.unsqueeze(-3).unbind(-2)
+    even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
+    return torch.addcmul(x * cos, torch.stack((odd, even), -1).flatten(-2), sin).to(x_BTNH.dtype)
 
 
 @dataclass
@@ -65,7 +71,7 @@ class Attention(nn.Module):
 
     def forward(self, x_BTD: Tensor, context: Context, cache: AnyBlockCache | None, first: int) -> Tensor:
         """Attended [B, T - first, D]: every position is a key, those from `first` on are queries."""
-        q = rotate(self.wq(x_BTD[:, first:]).unflatten(-1, (self.n_heads, self.head_dim)), context.turn[..., first:, :])
+        q = rotate(self.wq(x_BTD[:, first:]).unflatten(-1, (self.n_heads, self.head_dim)), context.turn[..., first:, :, :])
         k = rotate(self.wk(x_BTD).unflatten(-1, (self.n_kv_heads, self.head_dim)), context.turn)
         v = self.wv(x_BTD).unflatten(-1, (self.n_kv_heads, self.head_dim))
         if cache is not None:
@@ -186,7 +192,7 @@ class Transformer(nn.Module):
 
     def _turns(self, length: int) -> Tensor:
         weight = self.norm.weight
-        dtype = torch.complex128 if weight.dtype == torch.float64 else torch.complex64
+        dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
         table = self._rotary
         if table is None or len(table) < length or table.device != weight.device or table.dtype != dtype:
             with torch.inference_mode(False):
