@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from stages import run
-from wmtp import critic, shared, train
+from wmtp import critic, lora, shared, train
 from wmtp.blocks import reads_pairs
 from wmtp.bundle import bundle_sha256
 from wmtp.cells import check_described
@@ -30,6 +30,7 @@ def work(params: Any, track: Any, method: str, start: str, processed: str, signa
         data = TokenData(processed, "policy")
         check_same_tokenizer(data.tokenizer_sha256, start, "policy.start")
         policy, n_grown = load_grown(start, settings.n_future, world.device)
+        lora.attach(policy, training.lora, training.seed)
         model = shared.network(settings, policy)
         train_anyway = (lambda: arm["train_anyway"]) if arm else (lambda: params.critic.gate.train_anyway)
         signal_of, signal_input, signal_flops = policy_signal(method, settings, signal, data, train_anyway)
@@ -40,15 +41,14 @@ def work(params: Any, track: Any, method: str, start: str, processed: str, signa
             training.log_every, params.run.checkpoint_every,
         )  # fmt: skip
         beta = (lambda: arm["beta"]) if arm else (lambda: training.beta)
-        own = policy_objective(method, settings, beta, lambda: training.seed, plan.first_pass)
-        objective = shared.objective(settings, own)
+        objective = shared.objective(settings, policy_objective(method, settings, beta, lambda: training.seed, plan.first_pass))
         inputs |= signal_input | {"start": bundle_sha256(start), "data": data.sha256}
         with train.fitted(model, objective, plan, params, world, stage=f"train-{method}", inputs=inputs, on_log=track.log) as records:
             shared.warn_if_dead(records, f"train-{method}")
             figures = train.account(model, objective, plan, records[-1], signal_flops) | {"grown_heads": n_grown}
             figures |= train.validation(model, TokenData(processed, "validation"), world, params.optimizer.micro_batch_tokens)
-            facts = {"stage": "train", "method": method, "grown_heads": n_grown}
-            save_model(policy, Path(start), Path(out), world, facts | train.record(model, plan, start))
+            facts = {"stage": "train", "method": method, "grown_heads": n_grown} | train.record(model, plan, start)
+            save_model(policy, Path(start), Path(out), world, facts, training.lora)
             if world.is_first:
                 train.write_log(Path(log), records)
                 write_text(report, json.dumps(figures, indent=2) + "\n")

@@ -28,8 +28,8 @@ BOTH = [
 TRAINING = [
     "align advantage atomic cache world optim noise pickled flops",
     "weighting bundle scratch",
-    "model checkpoint convert slicing sources provenance tokenizer_json cells",
-    "tokens generate export growth",
+    "model lora convert slicing sources provenance tokenizer_json cells",
+    "tokens generate export growth checkpoint",
     "batches scores sampling",
     "policy critic preference measure drift",
     "scoring train anchor shared",

@@ -10,9 +10,12 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from tests.pipeline import EACH, METHODS, after, cloned, environment, processes_in, restored, run, stages_run, typed
+from wmtp.lora import load_adapter
+from wmtp.model import load_bundle
 
 pytestmark = pytest.mark.slow
 
@@ -50,6 +53,19 @@ def test_a_trained_model_is_exported(finished):
     card = (finished / "llama/README.md").read_text()
     shutil.rmtree(finished / "llama")
     assert "a LlamaForCausalLM" in shown and "by wmtp's method `verifiable`" in card and "| codecontests pass@1 | " in card
+
+
+def test_adapters_train_beside_frozen_weights_and_leave_a_merged_bundle(finished):
+    typed(finished, "dvc exp run $(python -m wmtp.overlay presets/lora.yaml) train@verifiable")
+    base, merged = (load_bundle(finished / "models" / name, dtype=torch.float32) for name in ("warm", "verifiable"))
+    tokens_BT = torch.arange(300, 320)[None]
+    expected, apart = merged(tokens_BT), base(tokens_BT)
+    load_adapter(base, finished / "models/verifiable/adapter")
+    torch.testing.assert_close(base(tokens_BT), expected, rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(apart, expected, atol=1e-3)
+    figures = json.loads((finished / "metrics/verifiable/train.json").read_text())
+    assert 0 < figures["trained_parameters"] != figures["parameters"]
+    restored(finished)
 
 
 def test_beta_is_read_by_verifiable_alone(finished):

@@ -219,6 +219,7 @@ def write_shards(folder: Path, plan: dict[str, list[str]], shapes: Mapping, dtyp
             shard[name] = tensor.detach().contiguous()
         untie(shard)
         save_file(shard, folder / file)
+        (folder / file).chmod(0o644)  # safetensors writes for its owner alone
     if (more := next(stream, None)) is not None:
         raise BundleError(f"{more[0]}: unknown or repeated tensor after the last expected one; params: more layers than n_layers?")
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from wmtp import pickled
+from wmtp import lora, pickled
 from wmtp.bundle import NotFinite, bundle_sha256, tensor_shapes, write_bundle
 from wmtp.records import atomic_path
 from wmtp.world import World
@@ -57,11 +57,17 @@ def full_state(model: nn.Module) -> dict[str, torch.Tensor]:
     return whole
 
 
-def save_model(model: nn.Module, start: Path, out: Path, world: World, extra: dict[str, Any]) -> None:
-    """The trained model as a bundle: tokenizer of the bundle it started from, the start's identity in the metadata."""
+def save_model(model: nn.Module, start: Path, out: Path, world: World, extra: dict[str, Any], adapters: Any = None) -> None:
+    """The trained model as a bundle: tokenizer of the bundle it started from, the start's identity in the metadata.
+
+    `adapters` are training.lora's settings where the model has some: the bundle is merged, and they stand in its folder `adapter` too.
+    """
     state = full_state(model)
     if world.is_first:
+        state, adapter = (state, {}) if adapters is None else lora.split(state, adapters)
         tokenizer = (Path(start) / "tokenizer.model").read_bytes()
         extra = {"start_sha256": bundle_sha256(start), **extra}
         tensors = {name: state[name] for name in tensor_shapes(model.args)}
         write_bundle(out, model.args, tensors, tokenizer, source="wmtp training", dropped=[], extra=extra)
+        if adapter:
+            lora.write_adapter(out / "adapter", adapter, adapters)

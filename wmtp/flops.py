@@ -23,9 +23,10 @@ def training_forward(model: nn.Module, length_R: np.ndarray, start_R: np.ndarray
 
 
 def training(model: nn.Module, length_R: np.ndarray, start_R: np.ndarray, all_heads_R: np.ndarray | None = None) -> int:
-    """Of forward and backward; frozen weights go forward alone."""
+    """Of forward and backward. Frozen weights go forward, and half of backward where adapters train among them: to their inputs."""
     trained, frozen = _products(model, length_R, start_R, *_targets(length_R, start_R, all_heads_R))
-    return (FORWARD + BACKWARD) * trained + FORWARD * frozen
+    among_adapters = any(".lora_A." in name for name, _ in model.named_parameters())
+    return (FORWARD + BACKWARD) * trained + (FORWARD + BACKWARD // 2 * among_adapters) * frozen
 
 
 def _targets(length_R: np.ndarray, start_R: np.ndarray, all_heads_R: np.ndarray | None = None) -> tuple[int, int]:

@@ -215,12 +215,24 @@ class Policy(Section):
     start: str = Field(description="bundle that every method starts from")
 
 
+class Lora(Section):
+    """Adapters (wmtp.lora): the policy's own weights stay as they are."""
+
+    rank: Positive = Field(description="of the product B A beside each target")
+    alpha: Annotated[float, Field(gt=0)] = Field(description="the product counts alpha / rank")
+    dropout: Annotated[float, Field(ge=0, lt=1)] = Field(description="share of the adapters' inputs that is left out while training")
+    targets: list[Literal["wq", "wk", "wv", "wo", "w1", "w2", "w3", "output"]] = Field(
+        min_length=1, description="linear layers by Meta's names, in every block, extra heads included"
+    )
+
+
 class Training(Tuning):
     start: None = Field(default=None, exclude=True)
     seed: Annotated[int, Field(ge=0)] = Field(description="order of the policy's rows, and sampling")
     n_epochs: Annotated[float, Field(gt=0)] = Field(description="passes over the policy split, fractions allowed")
     beta: Annotated[float, Field(gt=0)] = Field(description="temperature of exp(z / beta), for methods that set none of their own")
     log_every: Positive = Field(description="optimizer steps")
+    lora: Lora | None = Field(description="null: every weight trains")
 
 
 class Evaluation(Section):

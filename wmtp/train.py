@@ -148,6 +148,11 @@ def _backward(
     return sums, met
 
 
+def _dropout_seed(seed: int, step: int, rank: int) -> int:
+    """Dropout is the one thing that is drawn inside a step; a function of the step, it survives an interruption."""
+    return int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0])
+
+
 def _multiply_gradients(model: nn.Module, factor: Tensor) -> None:
     for parameter in model.parameters():
         if parameter.grad is not None:
@@ -200,6 +205,7 @@ def fit(
             rate = learning_rate(number, plan.n_steps, plan.learning_rate, settings.warmup_fraction, settings.final_fraction)
             for group in optimizer.param_groups:
                 group["lr"] = rate
+            torch.manual_seed(_dropout_seed(plan.seed, number, world.rank))
             try:
                 sums, norm = train_step(
                     wrapped, optimizer, objective, plan.step(number), world, settings.micro_batch_tokens, settings.clip_norm, mixed
@@ -298,7 +304,8 @@ def account(model: nn.Module, objective: Objective, plan: Plan, last: Mapping[st
     figures = {
         "steps": plan.n_steps,
         "tokens": int(data.lengths[rows].sum()),
-        "parameters": sum(parameter.numel() for parameter in policy.parameters()),
+        "parameters": sum(parameter.numel() for name, parameter in policy.named_parameters() if ".lora_" not in name),
+        "trained_parameters": sum(parameter.numel() for parameter in policy.parameters() if parameter.requires_grad),
     }
     figures |= {"train_flops": spent, "signal_flops": signal_flops, "total_flops": spent + signal_flops}
     return figures | {f"last_{key}": last[key] for key in ("loss", "ce", "value_brier", "value_delta_std") if key in last}
