@@ -117,8 +117,14 @@ def run_ranks(module: str, function: str, *arguments: object, size: int = 2, sec
     return ends
 
 
+# Minutes each, and no more than a worker can hold at a time: begun last, one of them would run alone.
+LONGEST = ("test_pipeline_runs", "test_judge", "test_pipeline", "test_study_runs", "test_pipeline_inputs")
+
+
 def pytest_collection_modifyitems(items):
-    """What is stress is slow too: `-m "not slow"` replaces the default selection, which leaves stress out."""
+    """What is stress is slow too: `-m "not slow"` replaces the default selection, which leaves stress out. The longest files come first."""
+    order = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path.stem, len(order)))
     for item in items:
         if item.get_closest_marker("stress"):
             item.add_marker(pytest.mark.slow)

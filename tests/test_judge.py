@@ -389,6 +389,11 @@ sys.stdout = Output()
 kept = sys.stdout
 sys.stdout = Output()
 {PRINTS}""",
+    "text left behind": f"{PRINTS}import io, sys\nsys.stdout = sys.__stdout__ = io.StringIO()",
+    "taken buffer": f"import io, sys\nsys.stdout = io.TextIOWrapper(sys.stdout.detach(), 'ascii')\n{PRINTS}",
+    "buffer alone": "import sys\nout = sys.stdout.detach()\nout.write(b'%d' % sum(map(int, input().split())))",
+    "reopened streams": f"import io, os, sys\nsys.stdin = io.TextIOWrapper(io.BytesIO(os.read(0, 10**6)))\n{PRINTS}",
+    "told and sought": f"import sys\nassert sys.stdin.tell() == 0\nsys.stdin.read()\nsys.stdin.seek(0)\n{PRINTS}",
     "long integers": f"str(10 ** 10000)\n{PRINTS}",
     "os._exit": f"import os, sys\n{PRINTS}sys.stdout.flush()\nos._exit(0)",
     "exit in a thread": f"import threading, sys\nt = threading.Thread(target=sys.exit)\nt.start()\n{PRINTS}",

@@ -14,6 +14,7 @@ import types
 from wmtp import codec
 
 MODULE = "solution"
+_OUTPUT: list[io.IOBase] = []  # older than a child, and so not among the objects that its collector knows
 
 
 class Inside:
@@ -89,11 +90,15 @@ def receive(channel: socket.socket) -> dict:
     return codec.loads(_exactly(channel, codec.LENGTH.unpack(_exactly(channel, codec.LENGTH.size))[0]))
 
 
-def _fresh_streams() -> None:
-    """Programs expect real files: stream objects over the descriptors that this child was given, open to its end."""
+def open_streams() -> None:
+    """Programs expect real files: stream objects over descriptors 0 to 2, for the fork server to make once.
+
+    They hold no text and no place, so that a child which gets other files under these numbers reads and writes those.
+    """
     sys.stdin = sys.__stdin__ = open(0, encoding="utf-8", errors="surrogateescape", closefd=False)  # noqa: SIM115
     sys.stdout = sys.__stdout__ = open(1, "w", encoding="utf-8", errors="surrogateescape", closefd=False)  # noqa: SIM115
     sys.stderr = sys.__stderr__ = open(2, "w", encoding="utf-8", errors="backslashreplace", closefd=False)  # noqa: SIM115
+    _OUTPUT[:] = [sys.stdout, sys.stdout.buffer]
 
 
 def _add_exits(builtins: types.ModuleType) -> None:
@@ -114,10 +119,17 @@ def finish() -> None:
     """What an interpreter does at its end, without the cost of tearing it down: threads, atexit, unwritten text of every open file."""
     threading._shutdown()
     atexit._run_exitfuncs()
-    files = [thing for thing in gc.get_objects() if isinstance(thing, io.IOBase)]
+    files = [*_OUTPUT, *(thing for thing in gc.get_objects() if isinstance(thing, io.IOBase))]
     for file in [sys.stdout, *sorted(files, key=lambda file: (type(file) is io.TextIOWrapper) + 2 * (type(file) is io.BufferedWriter))]:
-        if file is not None and not file.closed:
+        if file is not None and not _ended(file):
             file.flush()
+
+
+def _ended(file: io.IOBase) -> bool:
+    try:
+        return file.closed
+    except ValueError:  # a text stream whose buffer was taken from it
+        return True
 
 
 def _standalone(inside: Inside, request: dict) -> None:
@@ -157,7 +169,6 @@ def answer(inside: Inside, request: dict) -> object:
 def serve(channel: socket.socket) -> None:
     import builtins
 
-    _fresh_streams()
     _add_exits(builtins)
     random.seed(0)
     inside = Inside(channel)
