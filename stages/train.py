@@ -48,7 +48,7 @@ def work(params: Any, track: Any, method: str, start: str, processed: str, signa
             figures = train.account(model, objective, plan, records[-1], signal_flops) | {"grown_heads": n_grown}
             figures |= train.validation(model, TokenData(processed, "validation"), world, params.optimizer.micro_batch_tokens)
             facts = {"stage": "train", "method": method, "grown_heads": n_grown} | train.record(model, plan, start)
-            save_model(policy, Path(start), Path(out), world, facts, training.lora)
+            save_model(policy, Path(start), Path(out), world, facts, lora.merging(training.lora))
             if world.is_first:
                 train.write_log(Path(log), records)
                 write_text(report, json.dumps(figures, indent=2) + "\n")

@@ -246,6 +246,7 @@ TRAINING = {
     "steps": 20,
     "tokens": 1000,
     "parameters": 300,
+    "trained_parameters": 300,
     "grown_heads": 0,
     "train_flops": 600_000,
     "signal_flops": 50_000,
@@ -358,7 +359,7 @@ def test_a_missing_file_is_named(root, path, message):
         (
             "metrics/baseline/train.json",
             '{"steps": 3}',
-            "train.json: no validation_ce_head0, tokens, parameters, grown_heads, train_flops, signal_flops, total_flops, found steps",
+            "train.json: no validation_ce_head0, tokens, parameters, trained_parameters, grown_heads, train_flops, signal_flops, total_flops, found steps",
         ),
         ("metrics/baseline/train.csv", "", "train.csv: not a table of numbers"),
         ("metrics/baseline/train.csv", "step,loss,ce_head0\n", "train.csv: no step, loss, ce_head0, found nothing"),

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from pydantic import TypeAdapter
 from torch.utils.flop_counter import FlopCounterMode
 
 from tests import methods
-from wmtp import flops, scoring, shared
+from wmtp import flops, lora, scoring, shared
 from wmtp.anchor import AnchoredCritic, AnchoredObjective
 from wmtp.batches import Batch
 from wmtp.bundle import ModelArgs
@@ -21,6 +22,7 @@ from wmtp.preference import PairwiseObjective
 from wmtp.shared import SharedPolicy
 
 LENGTH, START = 17, 9
+LINEAR = ("wq", "wk", "wv", "wo", "w1", "w2", "w3")
 
 
 def model(n_future, n_trunk=2):
@@ -62,7 +64,17 @@ def shared_work(n_future, on_incorrect):
     return shared.objective(TypeAdapter(AnyMethod).validate_python(values), methods.objective("uniform_shared", values=values))
 
 
+def adapted(network, *targets, dropout=0.0):
+    lora.attach(network, SimpleNamespace(rank=3, alpha=6, dropout=dropout, targets=targets), 1)
+    return network
+
+
 TRAININGS = {
+    "adapters everywhere": (lambda: adapted(model(3), *LINEAR), lambda: methods.objective("baseline", n_future=3)),
+    "adapters of queries": (lambda: adapted(model(3), "wq"), lambda: methods.objective("baseline", n_future=3)),
+    "adapters of the last matrix of a block": (lambda: adapted(model(2), "w2"), lambda: methods.objective("baseline", n_future=2)),
+    "an adapter of the output": (lambda: adapted(model(3), "output"), lambda: methods.objective("baseline", n_future=3)),
+    "adapters and a shared critic": (lambda: SharedPolicy(adapted(model(3), *LINEAR)), lambda: shared_work(3, "weighted")),
     "one head": (lambda: model(1), lambda: methods.objective("baseline", n_future=1)),
     "three heads": (lambda: model(3), lambda: methods.objective("baseline", n_future=3)),
     "more heads than trunk": (lambda: model(4, 1), lambda: methods.objective("baseline", n_future=4)),

@@ -28,9 +28,9 @@ BOTH = [
 TRAINING = [
     "align advantage atomic cache world optim noise pickled flops",
     "weighting bundle scratch",
-    "model lora convert slicing sources provenance tokenizer_json cells",
+    "model convert slicing sources provenance tokenizer_json cells",
     "tokens generate export growth checkpoint",
-    "batches scores sampling",
+    "batches scores sampling lora",
     "policy critic preference measure drift",
     "scoring train anchor shared",
     "pretrain",

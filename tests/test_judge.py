@@ -393,6 +393,13 @@ sys.stdout = Output()
     "taken buffer": f"import io, sys\nsys.stdout = io.TextIOWrapper(sys.stdout.detach(), 'ascii')\n{PRINTS}",
     "buffer alone": "import sys\nout = sys.stdout.detach()\nout.write(b'%d' % sum(map(int, input().split())))",
     "reopened streams": f"import io, os, sys\nsys.stdin = io.TextIOWrapper(io.BytesIO(os.read(0, 10**6)))\n{PRINTS}",
+    "stream without closed": f"""
+import sys
+class Output:
+    def __init__(self, file): self.write, self.flush = file.write, file.flush
+sys.stdout = Output(sys.stdout)
+{PRINTS}""",
+    "no stream at the end": f"import sys\n{PRINTS}sys.stdout.flush()\ndel sys.stdout",
     "told and sought": f"import sys\nassert sys.stdin.tell() == 0\nsys.stdin.read()\nsys.stdin.seek(0)\n{PRINTS}",
     "long integers": f"str(10 ** 10000)\n{PRINTS}",
     "os._exit": f"import os, sys\n{PRINTS}sys.stdout.flush()\nos._exit(0)",
@@ -404,6 +411,18 @@ sys.stdout = Output()
 @pytest.mark.parametrize("program", STANDALONE.values(), ids=STANDALONE)
 def test_right_standalone_programs_pass(program):
     assert outcome(STDIO, program).verdict == "pass"
+
+
+@pytest.mark.slow
+def test_what_a_replaced_stream_held_comes_before_what_its_successor_got():
+    task = problem(StdioTests(inputs=["5 7\n"], outputs=["12\n"], checker="exact"))
+    program = """
+import sys
+first, second = str(sum(map(int, input().split())))
+print(first, end='')
+sys.stdout = sys.__stdout__ = open(1, 'w')
+print(second)"""
+    assert outcome(task, program).verdict == "pass"
 
 
 def test_objects_of_the_program_travel_as_handles():

@@ -13,7 +13,7 @@ import torch
 import yaml
 
 from tests.pipeline import EACH, cloned, environment, processes_in, restored, run, typed
-from wmtp.lora import load_adapter
+from wmtp.lora import load_adapted
 from wmtp.model import load_bundle
 
 pytestmark = pytest.mark.slow
@@ -37,15 +37,15 @@ def test_a_trained_model_is_exported(finished):
 
 
 def test_adapters_train_beside_frozen_weights_and_leave_a_merged_bundle(finished):
-    typed(finished, "dvc exp run $(python -m wmtp.overlay presets/lora.yaml) train@verifiable")
-    base, merged = (load_bundle(finished / "models" / name, dtype=torch.float32) for name in ("warm", "verifiable"))
+    typed(finished, "dvc exp run $(python -m wmtp.overlay presets/lora.yaml) -S training.lora.rank=8 train@verifiable")
+    start, trained = finished / "models/warm", finished / "models/verifiable"
     tokens_BT = torch.arange(300, 320)[None]
-    expected, apart = merged(tokens_BT), base(tokens_BT)
-    load_adapter(base, finished / "models/verifiable/adapter")
-    torch.testing.assert_close(base(tokens_BT), expected, rtol=1e-5, atol=1e-5)
-    assert not torch.allclose(apart, expected, atol=1e-3)
+    expected = load_bundle(trained)(tokens_BT)
+    torch.testing.assert_close(load_adapted(start, trained)(tokens_BT), expected, rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(load_bundle(start, dtype=torch.float32)(tokens_BT), expected, atol=1e-3)
     figures = json.loads((finished / "metrics/verifiable/train.json").read_text())
-    assert 0 < figures["trained_parameters"] != figures["parameters"]
+    assert 0 < figures["trained_parameters"] < figures["parameters"]
+    assert yaml.safe_load((finished / "params.yaml").read_text())["training"]["lora"]["rank"] == 8
     restored(finished)
 
 

@@ -27,7 +27,14 @@ def benchmark(score):
 
 def training(n_heads):
     heads = {f"validation_ce_head{head}": 0.12 + 0.01 * head for head in range(n_heads)}
-    return {"steps": 440, "tokens": 1234567, "parameters": 1400000, "train_flops": 12345678901234, "total_flops": 15345678901234} | heads
+    return {
+        "steps": 440,
+        "tokens": 1234567,
+        "parameters": 1400000,
+        "trained_parameters": 1400000,
+        "train_flops": 12345678901234,
+        "total_flops": 15345678901234,
+    } | heads
 
 
 FIGURES = {
@@ -222,3 +229,10 @@ def test_limits_hold_every_interval(points):
     for score, stderr in points:
         assert low <= max(0.0, 100 * (score - 1.9 * stderr))
         assert min(100.0, 100 * (score + 1.9 * stderr)) <= high
+
+
+def test_parameters_that_adapters_leave_alone_are_told():
+    from wmtp.pages import parameters
+
+    assert parameters({"parameters": 1400000, "trained_parameters": 1400000}) == "1,400,000"
+    assert parameters({"parameters": 1400000, "trained_parameters": 90000}) == "1,400,000 (90,000 trained)"

@@ -26,6 +26,7 @@ def result(scores: list[float], protocol: str = "aa", ce: float = 0.5) -> Result
     training = {
         "validation_ce_head0": ce,
         "parameters": 10,
+        "trained_parameters": 10,
         "grown_heads": 0,
         "train_flops": 1e9,
         "signal_flops": 5e8,

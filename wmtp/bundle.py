@@ -13,7 +13,7 @@ import contextlib
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields, replace
 from itertools import chain
@@ -167,8 +167,11 @@ def write_bundle(
     dropped: list[str],
     extra: dict,
     shard_bytes: int = 1 << 30,
+    beside: Callable[[Path], dict] | None = None,
 ) -> None:
     """Writes a whole bundle or nothing; an `out` that holds a bundle is replaced.
+
+    `beside` may put a folder of its own next to the files; what it returns is added to `extra`.
 
     `tensors` has exactly the names and shapes of tensor_shapes(args) and one dtype. An iterable comes in that order, so that one
     shard is held at a time; a mapping may have any. One writer per `out`.
@@ -200,7 +203,7 @@ def write_bundle(
             "dtype": dtype,
             "sha256": hash_files(folder, sorted(file.name for file in folder.iterdir())),
         }
-        metadata |= {"dropped": dropped, "extra": extra}
+        metadata |= {"dropped": dropped, "extra": extra | (beside(folder) if beside else {})}
         (folder / "metadata.json").write_text(json.dumps(metadata, indent=2) + "\n")
 
 

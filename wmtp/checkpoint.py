@@ -1,13 +1,14 @@
 """Training state on disk: saved atomically, restored exactly; a trained model as a bundle."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from wmtp import lora, pickled
+from wmtp import pickled
 from wmtp.bundle import NotFinite, bundle_sha256, tensor_shapes, write_bundle
 from wmtp.records import atomic_path
 from wmtp.world import World
@@ -29,15 +30,25 @@ def restore(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) ->
     saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     from torch.distributed.checkpoint.state_dict import StateDictOptions, set_state_dict
 
-    options = StateDictOptions(full_state_dict=True)
+    only_trained = _only_trained(model)
+    kept = {name.removeprefix("module.") for name, one in model.named_parameters() if one.requires_grad or not only_trained}
+    if other := kept ^ set(saved["model"]):
+        raise RuntimeError(f"{path}: {min(other)}: expected in the saved state and in the model; remove that folder and train again")
+    options = StateDictOptions(full_state_dict=True, strict=not only_trained)
     set_state_dict(model, optimizer, model_state_dict=saved["model"], optim_state_dict=saved["optimizer"], options=options)
     return json.loads(saved["state"])
+
+
+def _only_trained(model: nn.Module) -> bool:
+    """What is frozen beside adapters is still the start's; elsewhere it may be an average that moves."""
+    return any(".lora_A." in name for name, _ in model.named_parameters())
 
 
 def _full_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
 
-    model_state, optimizer_state = get_state_dict(model, optimizer, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=_only_trained(model))
+    model_state, optimizer_state = get_state_dict(model, optimizer, options=options)
     return {"model": model_state, "optimizer": optimizer_state}
 
 
@@ -57,17 +68,17 @@ def full_state(model: nn.Module) -> dict[str, torch.Tensor]:
     return whole
 
 
-def save_model(model: nn.Module, start: Path, out: Path, world: World, extra: dict[str, Any], adapters: Any = None) -> None:
+def save_model(
+    model: nn.Module, start: Path, out: Path, world: World, extra: dict[str, Any], merge: Callable[[dict], tuple[dict, Any]] | None = None
+) -> None:
     """The trained model as a bundle: tokenizer of the bundle it started from, the start's identity in the metadata.
 
-    `adapters` are training.lora's settings where the model has some: the bundle is merged, and they stand in its folder `adapter` too.
+    `merge` makes the model's own tensors of a state that holds more, and what bundle.write_bundle takes as `beside` (lora.merging).
     """
     state = full_state(model)
     if world.is_first:
-        state, adapter = (state, {}) if adapters is None else lora.split(state, adapters)
+        state, beside = (state, None) if merge is None else merge(state)
         tokenizer = (Path(start) / "tokenizer.model").read_bytes()
         extra = {"start_sha256": bundle_sha256(start), **extra}
         tensors = {name: state[name] for name in tensor_shapes(model.args)}
-        write_bundle(out, model.args, tensors, tokenizer, source="wmtp training", dropped=[], extra=extra)
-        if adapter:
-            lora.write_adapter(out / "adapter", adapter, adapters)
+        write_bundle(out, model.args, tensors, tokenizer, source="wmtp training", dropped=[], extra=extra, beside=beside)

@@ -28,7 +28,9 @@ SHARED_KEYS = {
 }  # fmt: skip
 MORE_KEYS = ("greedy", "greedy_stderr", "tests_passed", "exact_match")
 EVALUATION_KEYS = ("greedy", "greedy_stderr", "n_problems", *SHARED_KEYS)
-TRAINING_KEYS = ("validation_ce_head0", "tokens", "steps", "parameters", "grown_heads", "train_flops", "signal_flops", "total_flops")
+TRAINING_KEYS = (
+    "validation_ce_head0", "tokens", "steps", "parameters", "trained_parameters", "grown_heads", "train_flops", "signal_flops", "total_flops",
+)  # fmt: skip
 BUDGET = ("steps", "tokens")
 LOG_KEYS = ("step", "loss", "ce_head0")
 CRITIC_KEYS = ("passed", "auc", "auc_low", "auc_high", "length_auc", "delta_std", "bug_localisation")

@@ -1,27 +1,30 @@
 """Low-rank adapters of a policy (Hu et al. 2021, 2106.09685): W x becomes W x + (alpha / rank) B A x, and W stays as it is.
 
-What peft injects trains; what is kept is the merged model, a bundle like any other, and the adapter beside it in peft's own format.
+What peft injects trains; what is kept is the merged model, a bundle like any other, and the adapter in its folder `adapter`, in peft's
+own format.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from wmtp.atomic import atomic_directory
-from wmtp.bundle import check_names, open_shard, read_json
+from wmtp.bundle import bundle_sha256, check_names, hash_files, open_shard, read_args, read_metadata
+from wmtp.growth import load_grown
+from wmtp.model import Transformer
 
+FOLDER, CONFIG, WEIGHTS = "adapter", "adapter_config.json", "adapter_model.safetensors"
+KEYS = ("rank", "alpha", "dropout", "targets")
 ADAPTER = "default"  # peft's name of the only one
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."  # what peft puts before a parameter's name on disk
 BASE, A, B = ".base_layer.weight", f".lora_A.{ADAPTER}.weight", f".lora_B.{ADAPTER}.weight"
 
 
 class LoraError(ValueError):
-    """peft is not there, or an adapter does not fit its model."""
+    """peft is not there, or an adapter does not belong where it should go."""
 
 
 def attach(model: nn.Module, settings: Any, seed: int) -> None:
@@ -29,21 +32,23 @@ def attach(model: nn.Module, settings: Any, seed: int) -> None:
 
     B starts at 0: the model computes what it did. settings: rank, alpha, dropout, targets (names of linear layers); None: no adapters.
     """
-    if settings is None:
-        return
-    with torch.random.fork_rng(devices=[]):  # peft draws on the CPU, whatever the model's device
-        torch.manual_seed(seed)
-        _inject(model, settings.rank, settings.alpha, settings.dropout, settings.targets)
+    if settings is not None:
+        _inject(model, *(getattr(settings, key) for key in KEYS), seed=seed)
 
 
-def _inject(model: nn.Module, rank: int, alpha: float, dropout: float, targets: Sequence[str]) -> dict[str, nn.Parameter]:
+def _inject(model: nn.Module, rank: int, alpha: float, dropout: float, targets: Sequence[str], seed: int = 0) -> dict[str, nn.Parameter]:
     """The adapter's parameters under their names on disk, once they are in the model."""
     try:
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError as error:
         raise LoraError(f"training.lora needs peft: {error}; pip install -c constraints.txt -e '.[lora]'") from None
-    config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=sorted(targets), bias="none")
-    inject_adapter_in_model(config, model, adapter_name=ADAPTER)
+    if any(name.endswith((A, B)) for name, _ in model.named_parameters()):
+        raise LoraError("the model has adapters already; load its bundle again")
+    config, training = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=sorted(targets)), model.training
+    with torch.random.fork_rng(devices=[]):  # peft draws on the CPU, whatever the model's device
+        torch.manual_seed(seed)
+        inject_adapter_in_model(config, model, adapter_name=ADAPTER)
+    model.train(training)  # peft's dropout comes switched on
     return {_on_disk(name): parameter for name, parameter in model.named_parameters() if name.endswith((A, B))}
 
 
@@ -51,46 +56,78 @@ def _on_disk(name: str) -> str:
     return PREFIX + name.replace(f".{ADAPTER}.", ".")
 
 
-def split(state: Mapping[str, Tensor], settings: Any) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """(merged weights under the model's own names, adapter under peft's) of a whole state; W + (alpha / rank) B A, as peft merges."""
-    merged, adapter = {}, {}
-    for name, tensor in state.items():
-        if name.endswith(BASE):
-            place = name.removesuffix(BASE)
-            delta = state[place + B] @ state[place + A]
-            merged[f"{place}.weight"] = tensor + delta * (settings.alpha / settings.rank)
-        elif name.endswith((A, B)):
-            adapter[_on_disk(name)] = tensor
-        else:
+Merge = Callable[[dict[str, Tensor]], tuple[dict[str, Tensor], Callable[[Path], dict[str, Any]]]]
+
+
+def merging(settings: Any) -> Merge | None:
+    """For checkpoint.save_model: from a whole state, which it empties, the merged weights and what writes the adapter beside them."""
+    if settings is None:
+        return None
+
+    def merge(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], Callable[[Path], dict[str, Any]]]:
+        merged, adapter = split(state, settings.alpha / settings.rank)
+        return merged, lambda bundle: _write(bundle / FOLDER, adapter, {key: getattr(settings, key) for key in KEYS})
+
+    return merge
+
+
+def split(state: dict[str, Tensor], scale: float) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """(merged weights under the model's own names, adapter under peft's); W + scale * B A, as peft merges. `state` is emptied meanwhile:
+    a second copy of all weights may be more than there is room for.
+    """
+    merged, adapter = {}, {_on_disk(name): tensor for name, tensor in state.items() if name.endswith((A, B))}
+    for name in [name for name in state if not name.endswith((A, B))]:
+        tensor, place = state.pop(name), name.removesuffix(BASE)
+        if place == name:
             merged[name] = tensor
+        else:
+            merged[f"{place}.weight"] = tensor + (state.pop(place + B) @ state.pop(place + A)) * scale
     return merged, adapter
 
 
-def write_adapter(out: Path, adapter: Mapping[str, Tensor], settings: Any) -> None:
-    """A folder that `peft.PeftModel.from_pretrained` reads."""
+def _config(facts: dict[str, Any]) -> dict[str, Any]:
+    """As peft.PeftModel.from_pretrained reads it."""
+    return {
+        "peft_type": "LORA", "r": facts["rank"], "lora_alpha": facts["alpha"], "lora_dropout": facts["dropout"],
+        "target_modules": sorted(facts["targets"]), "bias": "none", "inference_mode": True,
+    }  # fmt: skip
+
+
+def _write(folder: Path, adapter: dict[str, Tensor], facts: dict[str, Any]) -> dict[str, Any]:
+    """What the bundle's metadata tell of it."""
     from safetensors.torch import save_file
 
-    config = {
-        "peft_type": "LORA", "r": settings.rank, "lora_alpha": settings.alpha, "lora_dropout": settings.dropout,
-        "target_modules": sorted(settings.targets), "bias": "none", "inference_mode": True,
-    }  # fmt: skip
-    with atomic_directory(out, CONFIG) as folder:
-        save_file(dict(adapter), folder / WEIGHTS, metadata={"format": "pt"})
-        (folder / WEIGHTS).chmod(0o644)
-        (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+    folder.mkdir()
+    save_file(adapter, folder / WEIGHTS, metadata={"format": "pt"})
+    (folder / WEIGHTS).chmod(0o644)  # safetensors writes for its owner alone
+    (folder / CONFIG).write_text(json.dumps(_config(facts), indent=2) + "\n")
+    return {"lora": {**facts, "sha256": hash_files(folder, [CONFIG, WEIGHTS])}}
 
 
-def load_adapter(model: nn.Module, folder: str | Path) -> None:
-    """Puts a written adapter into the model that it was trained from; LoraError unless every tensor finds its place and none is missing."""
-    file, folder = Path(folder) / CONFIG, Path(folder)
-    config = read_json(file)
-    if absent := [key for key in ("r", "lora_alpha", "lora_dropout", "target_modules") if key not in config]:
-        raise LoraError(f"{file}: {absent[0]}: missing; expected peft's configuration of a LoRA adapter")
-    expected = _inject(model, config["r"], config["lora_alpha"], config["lora_dropout"], config["target_modules"])
+def load_adapted(start: str | Path, trained: str | Path, device: str | torch.device = "cpu") -> Transformer:
+    """`start` in float32 and evaluation mode with the adapter that the bundle `trained` holds: what was merged, before it was.
+
+    LoraError or BundleError where `trained` has none or started elsewhere, and unless every tensor finds its place and none is missing.
+    """
+    folder, extra = Path(trained) / FOLDER, read_metadata(trained)["extra"]
+    facts = extra.get("lora")
+    if facts is None:
+        raise LoraError(f"{trained}: expected a bundle that was trained with training.lora, found none of it in its metadata.json")
+    if extra["start_sha256"] != (found := bundle_sha256(start)):
+        raise LoraError(f"{start}: expected the bundle that {trained} started from, {extra['start_sha256'][:12]}, found {found[:12]}")
+    _check_files(folder, facts)
+    model, _ = load_grown(start, read_args(trained).n_future_tokens, device)
+    places = _inject(model, *(facts[key] for key in KEYS))
     with open_shard(folder / WEIGHTS, "pt") as shard, torch.no_grad():
-        check_names(str(folder / WEIGHTS), set(shard.keys()), set(expected))
-        for name, parameter in expected.items():
-            found = shard.get_tensor(name)
-            if found.shape != parameter.shape:
-                raise LoraError(f"{folder / WEIGHTS}: {name}: expected {tuple(parameter.shape)}, found {tuple(found.shape)}")
-            parameter.copy_(found)
+        check_names(str(folder / WEIGHTS), set(shard.keys()), set(places))
+        for name, parameter in places.items():
+            parameter.copy_(shard.get_tensor(name))
+    return model
+
+
+def _check_files(folder: Path, facts: dict[str, Any]) -> None:
+    if absent := [name for name in (CONFIG, WEIGHTS) if not (folder / name).is_file()]:
+        raise LoraError(f"{folder / absent[0]}: missing; train the model again")
+    for name, found in hash_files(folder, [CONFIG, WEIGHTS]).items():
+        if found != facts["sha256"][name]:
+            raise LoraError(f"{folder / name}: SHA256: expected {facts['sha256'][name]}, found {found}; train the model again")

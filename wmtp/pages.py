@@ -2,7 +2,7 @@
 
 import contextlib
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -81,3 +81,9 @@ def panels(path: Path, size: tuple[float, float], n_panels: int, **options: Any)
     """Yields `n_panels` axes side by side on a canvas."""
     with canvas(path, size) as page:
         yield page.subplots(1, n_panels, squeeze=False, **options)[0]
+
+
+def parameters(cost: Mapping[str, Any]) -> str:
+    """Of the policy; with those that were trained where adapters are."""
+    trained = cost["trained_parameters"]
+    return f"{cost['parameters']:,}" + (f" ({trained:,} trained)" if trained != cost["parameters"] else "")

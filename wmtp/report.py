@@ -9,7 +9,7 @@ from pathlib import Path
 from statistics import NormalDist
 from typing import Any
 
-from wmtp.pages import GREY, colour, grid, marker, p_value, panels, paragraph, points, title
+from wmtp.pages import GREY, colour, grid, marker, p_value, panels, paragraph, parameters, points, title
 
 Figures = Mapping[str, Mapping[str, Mapping[str, float]]]
 Grid = tuple[list[str], list[list[str]], int]
@@ -104,13 +104,12 @@ def _any_passed(figures: Figures) -> bool:
 
 
 def costs_grid(figures: Figures) -> Grid:
-    keys = ("steps", "tokens", "parameters")
     spent = {name: sections["training"] for name, sections in figures.items() if sections["training"]}
     rows = [
-        [name, *(f"{cost[key]:,}" for key in keys), f"{cost['train_flops']:.2e}", f"{cost['total_flops']:.2e}"]
+        [name, f"{cost['steps']:,}", f"{cost['tokens']:,}", parameters(cost), f"{cost['train_flops']:.2e}", f"{cost['total_flops']:.2e}"]
         for name, cost in spent.items()
     ]
-    return ["method", *keys, "FLOPs", "total FLOPs"], rows, 1
+    return ["method", "steps", "tokens", "parameters", "FLOPs", "total FLOPs"], rows, 1
 
 
 def differences_grid(differences: Sequence[Mapping[str, Any]]) -> Grid:

@@ -10,11 +10,13 @@ import socket
 import sys
 import threading
 import types
+import weakref
 
 from wmtp import codec
 
 MODULE = "solution"
-_OUTPUT: list[io.IOBase] = []  # older than a child, and so not among the objects that its collector knows
+# Older than a child, and so not among the objects that its collector knows; weak, so that a stream that nobody has any more is written out.
+_OUTPUT: list[weakref.ref] = []
 
 
 class Inside:
@@ -98,7 +100,7 @@ def open_streams() -> None:
     sys.stdin = sys.__stdin__ = open(0, encoding="utf-8", errors="surrogateescape", closefd=False)  # noqa: SIM115
     sys.stdout = sys.__stdout__ = open(1, "w", encoding="utf-8", errors="surrogateescape", closefd=False)  # noqa: SIM115
     sys.stderr = sys.__stderr__ = open(2, "w", encoding="utf-8", errors="backslashreplace", closefd=False)  # noqa: SIM115
-    _OUTPUT[:] = [sys.stdout, sys.stdout.buffer]
+    _OUTPUT[:] = [weakref.ref(sys.stdout), weakref.ref(sys.stdout.buffer)]
 
 
 def _add_exits(builtins: types.ModuleType) -> None:
@@ -119,15 +121,16 @@ def finish() -> None:
     """What an interpreter does at its end, without the cost of tearing it down: threads, atexit, unwritten text of every open file."""
     threading._shutdown()
     atexit._run_exitfuncs()
-    files = [*_OUTPUT, *(thing for thing in gc.get_objects() if isinstance(thing, io.IOBase))]
-    for file in [sys.stdout, *sorted(files, key=lambda file: (type(file) is io.TextIOWrapper) + 2 * (type(file) is io.BufferedWriter))]:
+    files = [*(stream() for stream in _OUTPUT), *(thing for thing in gc.get_objects() if isinstance(thing, io.IOBase))]
+    files.sort(key=lambda file: (type(file) is io.TextIOWrapper) + 2 * (type(file) is io.BufferedWriter))
+    for file in [getattr(sys, "stdout", None), *files]:
         if file is not None and not _ended(file):
             file.flush()
 
 
 def _ended(file: io.IOBase) -> bool:
     try:
-        return file.closed
+        return getattr(file, "closed", False)
     except ValueError:  # a text stream whose buffer was taken from it
         return True
 

@@ -30,7 +30,7 @@ from wmtp.compare import (
 )
 
 MEASURE = "pass@1"
-ROW_KEYS = ("steps", "tokens", "parameters", "grown_heads", "train_flops", "total_flops")
+ROW_KEYS = ("steps", "tokens", "parameters", "trained_parameters", "grown_heads", "train_flops", "total_flops")
 PRIMARY = (("verifiable", "baseline"), ("verifiable", "shuffled"), ("verifiable", "position_only"))
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from wmtp import study
 from wmtp.compare import Result
-from wmtp.pages import GREY, colour, grid, p_value, panels, paragraph, points, title
+from wmtp.pages import GREY, colour, grid, p_value, panels, paragraph, parameters, points, title
 from wmtp.records import write_rows, write_text
 
 ALPHA = 0.05
@@ -121,7 +121,7 @@ def _arms(arms: Sequence[Mapping[str, Any]], benchmarks: Sequence[str]) -> tuple
         [
             arm["arm"], *(f"{100 * arm[benchmark]:.1f} ± {100 * arm[f'{benchmark}_sd']:.1f}" for benchmark in benchmarks),
             f"{arm['validation_ce_head0']:.4f} ± {arm['validation_ce_head0_sd']:.4f}",
-            f"{arm['parameters']:,}", f"{arm['train_flops']:.2e}", f"{arm['total_flops']:.2e}",
+            parameters(arm), f"{arm['train_flops']:.2e}", f"{arm['total_flops']:.2e}",
         ]
         for arm in arms
     ]  # fmt: skip

@@ -91,8 +91,10 @@ def train_step(
     count = objective.count(step)
     batches = share(step, world.rank, world.size, token_budget)
     if policy is not None and policy.scored_first:
+        model.eval()  # weights are of the model, not of what dropout leaves of it
         with torch.autocast(world.device.type, torch.bfloat16, enabled=mixed):
             batches = policy.weigh_step(model, step, [batch.to(world.device) for batch in batches], world)
+        model.train()
     sums, met = _backward(model, objective, batches, world, count, mixed)
     reached = _reached(sums, met, world)
     factor = count / reached[0] if policy is not None and policy.lag is not None else None
