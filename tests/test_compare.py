@@ -359,7 +359,8 @@ def test_a_missing_file_is_named(root, path, message):
         (
             "metrics/baseline/train.json",
             '{"steps": 3}',
-            "train.json: no validation_ce_head0, tokens, parameters, trained_parameters, grown_heads, train_flops, signal_flops, total_flops, found steps",
+            "train.json: no validation_ce_head0, tokens, parameters, trained_parameters, grown_heads, train_flops,"
+            " signal_flops, total_flops, found steps",
         ),
         ("metrics/baseline/train.csv", "", "train.csv: not a table of numbers"),
         ("metrics/baseline/train.csv", "step,loss,ce_head0\n", "train.csv: no step, loss, ce_head0, found nothing"),

@@ -29,7 +29,8 @@ SHARED_KEYS = {
 MORE_KEYS = ("greedy", "greedy_stderr", "tests_passed", "exact_match")
 EVALUATION_KEYS = ("greedy", "greedy_stderr", "n_problems", *SHARED_KEYS)
 TRAINING_KEYS = (
-    "validation_ce_head0", "tokens", "steps", "parameters", "trained_parameters", "grown_heads", "train_flops", "signal_flops", "total_flops",
+    "validation_ce_head0", "tokens", "steps", "parameters", "trained_parameters", "grown_heads", "train_flops", "signal_flops",
+    "total_flops",
 )  # fmt: skip
 BUDGET = ("steps", "tokens")
 LOG_KEYS = ("step", "loss", "ce_head0")
