@@ -12,10 +12,13 @@ from wmtp.dependencies import ROOT, source_files
 from wmtp.records import sha256_file, write_text
 
 
+def code_of(stage: str) -> dict[str, str]:
+    return {name: sha256_file(path) for name, path in source_files(ROOT / "stages" / f"{stage}.py").items()}
+
+
 def work(params: Any, track: Any, out: str, *stages: str) -> dict[str, Any]:
     for stage in stages:
-        found = {name: sha256_file(path) for name, path in source_files(ROOT / "stages" / f"{stage}.py").items()}
-        write_text(Path(out) / f"{stage}.json", json.dumps(found, indent=1) + "\n")
+        write_text(Path(out) / f"{stage}.json", json.dumps(code_of(stage), indent=1) + "\n")
     return {"stages": len(stages)}
 
 
