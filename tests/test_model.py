@@ -94,6 +94,23 @@ def test_logits_are_those_of_metas_forward(shape):
         torch.testing.assert_close(logits[row], reference_logits(model, tokens_T), rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize("cached", [False, True])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_float32_stays_near_metas_forward_in_float64(shape, cached):
+    args = SHAPES[shape]
+    model, tokens_BT = random_model(args, dtype=torch.float32, scale=0.15), random_tokens(args, 2, 11)
+    wide = random_model(args, dtype=torch.float32, scale=0.15).double()
+    if cached:
+        cache = model.new_cache(2, 11, args.n_future_tokens)
+        ends = [(0, 6), *((at, at + 1) for at in range(6, 11))]
+        parts = [model(tokens_BT[:, a:b], cache=cache, position_BT=torch.arange(a, b).expand(2, -1)) for a, b in ends]
+    found = torch.cat(parts, 1) if cached else model(tokens_BT)
+    for row, tokens_T in enumerate(tokens_BT):
+        expected = reference_logits(wide, tokens_T)
+        assert float(expected.abs().max()) > 0.5
+        torch.testing.assert_close(found[row].double(), expected, rtol=0, atol=1e-5)
+
+
 def test_rows_longer_than_the_first_rotary_table():
     model = random_model(replace(GROUPED, n_layers=3))
     tokens_BT = random_tokens(model.args, 1, 300)
@@ -252,13 +269,14 @@ def test_a_changed_byte_is_refused_on_loading(micro, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("n_kv_heads", [2, 6])
-def test_parity_with_transformers_llama(micro, tmp_path, n_kv_heads):
+@pytest.mark.parametrize("width, n_heads, n_kv_heads", [(48, 6, 6), (48, 6, 2), (64, 4, 1), (120, 10, 5)])
+def test_parity_with_transformers_llama(micro, tmp_path, width, n_heads, n_kv_heads):
     transformers = pytest.importorskip("transformers")
     from wmtp.convert import convert
 
     config = transformers.LlamaConfig(
-        hidden_size=48, intermediate_size=80, num_hidden_layers=3, num_attention_heads=6, num_key_value_heads=n_kv_heads, vocab_size=400,
+        hidden_size=width, intermediate_size=80, num_hidden_layers=3, num_attention_heads=n_heads,
+        num_key_value_heads=n_kv_heads, vocab_size=400,
         rms_norm_eps=1e-4, initializer_range=0.25, max_position_embeddings=64, tie_word_embeddings=False,
     )  # fmt: skip
     torch.manual_seed(0)

@@ -37,7 +37,8 @@ def test_a_trained_model_is_exported(finished):
 
 
 def test_adapters_train_beside_frozen_weights_and_leave_a_merged_bundle(finished):
-    typed(finished, "dvc exp run $(python -m wmtp.overlay presets/lora.yaml) -S training.lora.rank=8 train@verifiable")
+    small = "-S training.lora.rank=8 -S training.lora.alpha=16"
+    typed(finished, f"dvc exp run $(python -m wmtp.overlay presets/lora.yaml) {small} train@verifiable")
     start, trained = finished / "models/warm", finished / "models/verifiable"
     tokens_BT = torch.arange(300, 320)[None]
     expected = load_bundle(trained)(tokens_BT)
