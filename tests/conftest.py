@@ -99,7 +99,7 @@ def start(module: str, function: str, *arguments: object, **environment: object)
     )  # fmt: skip
 
 
-def run_ranks(module: str, function: str, *arguments: object, size: int = 2, seconds: float = 240) -> list[tuple[int | None, str]]:
+def run_ranks(module: str, function: str, *arguments: object, size: int = 2, seconds: float = 600) -> list[tuple[int | None, str]]:
     """The same on `size` ranks as torchrun would start them; (exit code, stderr) of each, code None where it had to be ended."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

@@ -76,7 +76,7 @@ def test_a_stage_under_torchrun_is_a_child_run_in_mlflow(finished, tmp_path):
 def test_two_seeds_through_the_queue(finished):
     run(finished, "dvc", "exp", "run", "--queue", "-S", "training.seed=2,3")
     run(finished, "dvc", "queue", "start", "-j", "1")
-    deadline = time.monotonic() + 600
+    deadline = time.monotonic() + 1800
     while "Running" in (status := run(finished, "dvc", "queue", "status").stdout) or "Queued" in status:
         assert time.monotonic() < deadline, status
         time.sleep(10)  # asking takes DVC seconds of a core

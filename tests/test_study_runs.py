@@ -78,7 +78,7 @@ def cells_running(folder: Path) -> set[str]:
 
 
 def until_some_compute_and_one_is_done(folder: Path, started: subprocess.Popen, cells: set[str], jobs: int) -> None:
-    deadline = time.monotonic() + 240
+    deadline = time.monotonic() + 600
     while True:
         assert started.poll() is None, f"launch/study ended with {started.returncode}"
         assert time.monotonic() < deadline, "one done, others computing: not seen"
