@@ -117,7 +117,7 @@ def run_ranks(module: str, function: str, *arguments: object, size: int = 2, sec
     return ends
 
 
-# Minutes each, and no more than a worker can hold at a time: begun last, one of them would run alone.
+# Minutes each: begun last, one of them would run alone.
 LONGEST = (
     "test_pipeline_runs", "test_judge", "test_pipeline", "test_study_runs", "test_pipeline_inputs", "test_weighting_split",
     "test_weighting_lagged", "test_train", "test_full_disk",
