@@ -17,6 +17,7 @@ from wmtp.judge import Limits, evalplus, judge
 from wmtp.judge.evalplus import arguments, read_suites
 from wmtp.layouts import EvalPlusLine
 from wmtp.records import RecordError
+from wmtp.sandbox import HarnessError
 
 ROWS = [
     {
@@ -36,6 +37,19 @@ SORTED, MINIMUM, NEAR = (
     "def first(xs):\n    return min(xs) / 3 + 5e-7 if xs else None\n",
 )
 COUNT = "def count(t, x):\n    return sum(y == x for y in t)\n"
+
+
+@pytest.mark.parametrize("error, told", [(HarnessError("fork server: no answer"), True), (ValueError("of the reference"), False)])
+def test_a_sandbox_that_fails_is_no_answer_of_the_reference(error, told):
+    def reference(*_):
+        raise error
+
+    answers = evalplus.each(reference, [[1]], EvalPlusLine.model_validate(ROWS[0]))
+    if told:
+        with pytest.raises(HarnessError, match="no answer"):
+            next(answers)
+    else:
+        assert list(answers) == [None]
 
 
 @pytest.mark.slow

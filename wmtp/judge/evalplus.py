@@ -21,7 +21,7 @@ from wmtp.agreement import nothing, stored
 from wmtp.layouts import EvalPlusLine, rows
 from wmtp.progress import Bar
 from wmtp.records import CheckTests, Problem, atomic_path
-from wmtp.sandbox import Ended, Limits, Sandbox
+from wmtp.sandbox import Ended, HarnessError, Limits, Sandbox
 from wmtp.session import Raised, Remote, Session
 
 FORMAT = 1
@@ -190,7 +190,7 @@ def each(reference: object, inputs: list, line: EvalPlusLine) -> Iterator[list |
             value = reference(*given)
             value = value is not None if oracle == "present" else list(value) if type(value) is Remote else value
             yield stored(codec.encode(value, nothing), value, line.atol, oracle)
-        except (codec.CodecError, Ended):
+        except (codec.CodecError, Ended, HarnessError):
             raise
         except Exception:  # whatever a reference raises, there is nothing to compare with
             yield None
