@@ -26,7 +26,7 @@ OWN: dict[str, dict[str, Any]] = {
     "random_matched": PIPELINE,
     "random_k": {"keep_fraction": 0.6},
     "inverted_k": {"head_mode": "shared_target", "scope": "sequence", "keep_fraction": 0.6},
-    "oracle": {**BOUNDS, "emphasis": 10.0},
+    "oracle": {**BOUNDS, "emphasis": 10.0, "policy_on_incorrect": "value_only"},
     "dft": {"scope": "sequence"},
     "focal": {"scope": "sequence", "focusing": 2.0},
     "entropy_topk": {"scope": "sequence", "keep_fraction": 0.6},
@@ -51,7 +51,7 @@ HEAD_MODES = ("shared_target", "per_head", "per_head_zscore", "pooled")
 
 def block(name: str, n_future: int = 4, **changes: Any) -> dict[str, Any]:
     common = {"weighting": METHODS[name].weighting, "n_future": n_future, "mix": 1.0, "head_weights": None}
-    separate = {"critic": "separate"} if "policy_on_incorrect" in OWN.get(name, {}) else {}
+    separate = {"critic": "separate"} if "gamma" in OWN.get(name, {}) and "policy_on_incorrect" in OWN[name] else {}
     return common | separate | OWN.get(name, {}) | changes
 
 

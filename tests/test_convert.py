@@ -219,9 +219,12 @@ def test_what_an_absent_key_means(tmp_path):
     [
         ({"use_scaled_rope": True}, "params.json: unknown key use_scaled_rope"),
         ({"dim": None}, "params.json: params: dim: expected a positive integer, found None"),
-        ({"n_layers": 6}, "missing tensor layers.3"),
-        ({"n_layers": 4}, "unknown tensor layers.2"),
-        ({"n_future_tokens": 2}, "missing tensor layers.3"),
+        (
+            {"n_layers": 6},
+            "params.json: n_layers 6 and n_future_tokens 3: expected 4 layers and 2 extra_heads, found 3 and 2",
+        ),
+        ({"n_layers": 4}, "expected 2 layers and 2 extra_heads, found 3 and 2, which is n_layers 5 and n_future_tokens 3; correct it"),
+        ({"n_future_tokens": 2}, "n_layers 5 and n_future_tokens 2: expected 4 layers and 1 extra_heads, found 3 and 2"),
         ({"vocab_size": 301}, r"tok_embeddings.weight: expected \(301, 32\) by its configuration, found \(300, 32\)"),
         ({"n_kv_heads": 4}, r"layers.0.attention.wk.weight: expected \(32, 32\)"),
         ({"multiple_of": 128}, r"layers.0.feed_forward.w1.weight: expected \(128, 32\) by its configuration, found \(88, 32\)"),
@@ -320,11 +323,12 @@ def test_missing_files_and_mixed_layouts(tmp_path, meta):
     fails(folder, tmp_path, "found both; keep one layout")
     (folder / "config.json").unlink()
     (folder / "params.json").rename(folder / "parameters.json")
-    fails(folder, tmp_path, "params.json: no such file")
+    fails(folder, tmp_path, "params.json: no such file; it belongs to the checkpoint")
     (folder / "tokenizer.model").unlink()
     fails(folder, tmp_path, r"tokenizer.model: missing")
     (folder / "consolidated.pth").unlink()
     fails(folder, tmp_path, r"expected consolidated\*.pth \(Meta\) or config.json \(Hugging Face\), found neither")
+    fails(tmp_path / "nowhere", tmp_path, r"nowhere: no such folder; expected one with consolidated\*\.pth")
 
 
 @pytest.mark.parametrize("content", [b"", b"not a model", b"IQ== 0\nIg== 1\n"])
@@ -493,7 +497,7 @@ def test_shards_and_index_must_agree(tmp_path, tokenizer, suffix):
     index.write_text(json.dumps({"weight_map": good}))
     content = (source / second).read_bytes()
     (source / second).write_bytes(content[: len(content) // 2])
-    fails(source, tmp_path, f"{second}: not a whole (safetensors|torch) file")
+    fails(source, tmp_path, f"{second}: not a whole (safetensors|torch) file: .*; copy or download it again")
     (source / second).unlink()
     fails(source, tmp_path, f"{second}: missing; {index.name} names it")
     index.unlink()

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from wmtp.atomic import AtomicError
-from wmtp.bundle import BundleError, ModelArgs, read_args, read_tensors
+from wmtp.bundle import BundleError, ModelArgs, read_args, read_tensors, write_bundle
 from wmtp.convert import convert
 from wmtp.dependencies import ROOT
 from wmtp.export import export
@@ -129,6 +129,27 @@ def test_the_card_says_what_the_model_is_and_what_it_scored(micro, tmp_path):
         assert line in card
 
 
+def test_the_card_names_adapters_and_figures_need_a_training(micro, tmp_path):
+    metadata = json.loads((micro.bundle / "metadata.json").read_text())
+    with pytest.raises(BundleError, match="says of no training by wmtp, so these figures cannot be its own; leave --metrics out"):
+        export(micro.bundle, tmp_path / "out", metrics=tmp_path)
+    shutil.copytree(micro.bundle, tmp_path / "bundle")
+    metadata["extra"] |= {"method": "rho1", "n_steps": 3, "lora": {"rank": 8, "alpha": 16, "targets": ["wq", "w2"]}}
+    (tmp_path / "bundle/metadata.json").write_text(json.dumps(metadata))
+    export(tmp_path / "bundle", tmp_path / "out")
+    assert "3 optimizer steps, of adapters (rank 8, alpha 16, on wq, w2) that are merged |" in (tmp_path / "out/README.md").read_text()
+
+
+def test_numbers_that_the_other_type_has_not_are_refused(micro, tmp_path):
+    args, tensors = read_args(micro.bundle), {name: tensor.float() for name, tensor in read_tensors(micro.bundle)}
+    tensors["layers.1.feed_forward.w1.weight"][3, 2] = 7e4  # float16 ends at 65504
+    write_bundle(tmp_path / "large", args, tensors, (micro.bundle / "tokenizer.model").read_bytes(), source="", dropped=[], extra={})
+    with pytest.raises(BundleError, match=r"layers\.1\.feed_forward\.w1\.weight: .* not finite in float16; take another --dtype"):
+        export(tmp_path / "large", tmp_path / "out", "float16")
+    assert not (tmp_path / "out").exists()
+    export(tmp_path / "large", tmp_path / "out", "bfloat16")
+
+
 def test_what_cannot_be_exported_is_one_line_and_leaves_nothing(micro, tmp_path):
     with pytest.raises(BundleError, match="dtype: expected one of float16, bfloat16, float32, found int8"):
         export(micro.bundle, tmp_path / "out", "int8")
@@ -139,7 +160,8 @@ def test_what_cannot_be_exported_is_one_line_and_leaves_nothing(micro, tmp_path)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/thesis.txt").write_text("mine")
     for bundle, out, message in (
-        (tmp_path / "nowhere", tmp_path / "out", "no such file"),
+        (tmp_path / "nowhere", tmp_path / "out", "nowhere: no such folder, expected a bundle; correct the path"),
+        (micro.bundle, tmp_path / "mine/thesis.txt/out", "thesis.txt"),
         (tmp_path / "damaged", tmp_path / "out", "model.safetensors: SHA256"),
         (micro.bundle, tmp_path / "mine", "holds other files"),
     ):

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 import shutil
 import sys
 from dataclasses import replace
@@ -16,9 +17,9 @@ from tests import methods
 from tests.conftest import run_ranks
 from tests.test_model import SHAPES, random_model, random_tokens
 from tests.test_train import ALONE, OPTIMIZER, Killed, fit, killer, plan_of, policy, same_bits, short_plan, start_model
-from wmtp import lora, train
+from wmtp import checkpoint, lora, train
 from wmtp.batches import share
-from wmtp.bundle import BundleError, bundle_sha256, read_metadata, write_bundle
+from wmtp.bundle import BundleError, NotFinite, bundle_sha256, read_metadata, write_bundle
 from wmtp.checkpoint import full_state, save_model
 from wmtp.model import load_bundle
 from wmtp.params import Lora
@@ -150,6 +151,13 @@ def changed(out, change):
     facts.write_text(facts.read_text().replace(before, sha256_file(file)))
 
 
+def told(out, change):
+    """metadata.json after `change` of what it says of the adapter."""
+    metadata = json.loads((out / "metadata.json").read_text())
+    change(metadata["extra"]["lora"])
+    (out / "metadata.json").write_text(json.dumps(metadata))
+
+
 NAME = "base_model.model.layers.0.attention.wq.lora_A.weight"
 DAMAGE = {
     "missing": (lambda out: changed(out, lambda tensors: tensors.pop(NAME)), f"missing tensor {NAME}; expected 56 tensors, found 55"),
@@ -158,6 +166,11 @@ DAMAGE = {
     "settings": (lambda out: (out / "adapter" / lora.CONFIG).write_text("{}"), r"adapter_config\.json: SHA256: expected"),
     "no weights": (lambda out: (out / "adapter" / lora.WEIGHTS).unlink(), r"adapter_model\.safetensors: missing"),
     "no folder": (lambda out: shutil.rmtree(out / "adapter"), r"adapter_config\.json: missing"),
+    "no facts": (lambda out: told(out, lambda facts: facts.pop("rank")), r"metadata\.json: extra\.lora: expected rank, alpha, .*, found"),
+    "odd fact": (lambda out: told(out, lambda facts: facts.update(sha256="x")), r"metadata\.json: extra\.lora: expected rank"),
+    "odd file": (lambda out: told(out, lambda facts: facts["sha256"].pop(lora.CONFIG)), r"metadata\.json: extra\.lora: expected rank"),
+    "odd target": (lambda out: told(out, lambda facts: facts["targets"].append(1)), r"metadata\.json: extra\.lora: expected rank"),
+    "alpha": (lambda out: told(out, lambda facts: facts.update(alpha=5.0)), r"adapter_config\.json: expected .*5\.0.* as in"),
 }  # fmt: skip
 
 
@@ -174,6 +187,66 @@ def test_another_start_and_a_bundle_without_adapter_are_refused(written, micro):
         lora.load_adapted(written[2], written[2])
     with pytest.raises(lora.LoraError, match=r"expected a bundle that was trained with training\.lora"):
         lora.load_adapted(micro.bundle, micro.bundle)
+
+
+def test_a_start_that_the_bundle_does_not_name_is_refused(written):
+    file = written[2] / "metadata.json"
+    metadata = json.loads(file.read_text())
+    del metadata["extra"]["start_sha256"]
+    file.write_text(json.dumps(metadata))
+    with pytest.raises(lora.LoraError, match=r"started from, None, found"):
+        lora.load_adapted(written[0], written[2])
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"targets": ["wq", "q_proj"]}, "targets: q_proj: expected a linear layer of the model, one of wq, wk, wv, wo, w1, w2"),
+        ({"rank": 17, "targets": ["w1", "wk"]}, "rank: expected at most 8, the rank that wk can have, found 17"),
+    ],
+)
+def test_adapters_that_the_model_has_no_place_for_are_refused(change, message):
+    model = random_model()
+    before = [name for name, _ in model.named_parameters()]
+    with pytest.raises(lora.LoraError, match=message):
+        lora.attach(model, settings(**change), 3)
+    assert [name for name, _ in model.named_parameters()] == before
+
+
+@pytest.mark.parametrize("change", [{"rank": 8}, {"targets": LINEAR[:6]}, {"targets": [*LINEAR, "output"]}])
+def test_settings_of_another_adapter_are_not_merged(micro, tmp_path, change):
+    model = adapted(load_bundle(micro.bundle, dtype=torch.float32))
+    with pytest.raises(lora.LoraError, match=r"the model's adapters: expected rank .*, found rank 4 on w1, w2, w3, wk, wo, wq, wv"):
+        save_model(model, micro.bundle, tmp_path / "out", ALONE, {}, lora.merging(settings(**change)))
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_has_no_adapters_has_none_to_merge_and_adapters_are_not_saved_unmerged(micro, tmp_path):
+    model = load_bundle(micro.bundle, dtype=torch.float32)
+    with pytest.raises(lora.LoraError, match="found rank none on none"):
+        save_model(model, micro.bundle, tmp_path / "out", ALONE, {}, lora.merging(settings()))
+    with pytest.raises(BundleError, match=r"the given tensors: missing tensor extra_heads\.0\.attention\.wk\.weight and 27 more"):
+        save_model(adapted(model), micro.bundle, tmp_path / "out", ALONE, {})
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_merge_that_is_no_number_is_not_saved(micro, tmp_path):
+    model = adapted(load_bundle(micro.bundle, dtype=torch.float32))
+    for name, parameter in model.named_parameters():
+        if name.endswith((lora.A, lora.B)):
+            parameter.data.fill_(1e30)
+    with pytest.raises(NotFinite, match="holds numbers that are not finite"):
+        save_model(model, micro.bundle, tmp_path / "out", ALONE, {}, lora.merging(settings()))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_state_of_another_kind_of_training_is_not_restored(micro, tmp_path):
+    optimizer = lambda model: torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)  # noqa: E731
+    whole = load_bundle(micro.bundle, dtype=torch.float32)
+    checkpoint.save(tmp_path, whole, optimizer(whole), {"step": 1}, ALONE)
+    model = adapted(load_bundle(micro.bundle, dtype=torch.float32))
+    with pytest.raises(RuntimeError, match=r"state\.pt: .*: expected in the saved state and in the model; remove that folder"):
+        checkpoint.restore(tmp_path, model, optimizer(model))
 
 
 def test_a_model_is_adapted_once():
@@ -268,7 +341,10 @@ def test_the_account_counts_adapters_apart(micro, data):
     assert 0.6 * full["train_flops"] < found["train_flops"] < full["train_flops"]  # to the product in test_flops
 
 
-@pytest.mark.parametrize("change", [{"rank": 0}, {"alpha": 0}, {"dropout": 1.0}, {"targets": []}, {"targets": ["q_proj"]}, {"bias": "all"}])
+@pytest.mark.parametrize("change", [
+    {"rank": 0}, {"alpha": 0}, {"dropout": 1.0}, {"targets": []}, {"targets": ["q_proj"]}, {"bias": "all"}, {"alpha": math.inf},
+    {"targets": ["wq", "wq"]},
+])  # fmt: skip
 def test_settings_out_of_range_are_refused(change):
     whole = {"rank": 64, "alpha": 128, "dropout": 0.05, "targets": LINEAR}
     Lora.model_validate(whole)

@@ -210,6 +210,17 @@ def test_fewer_heads_neither_run_nor_matter():
     assert [hidden.shape for hidden in model.hidden(tokens_BT, n_future=1)] == [(2, 6, 24)]
 
 
+@pytest.mark.parametrize("n_future", [0, 4, 9])
+def test_heads_that_are_not_built_are_not_left_out_in_silence(n_future):
+    with pytest.raises(ValueError, match=rf"n_future: expected 1\.\.3, the heads that are built, found {n_future}"):
+        random_model()(random_tokens(GROUPED, 2, 6), n_future=n_future)
+
+
+def test_entropy_is_of_predictions_that_have_targets():
+    with pytest.raises(ValueError, match="with_entropy: expected with targets"):
+        random_model()(random_tokens(GROUPED, 2, 6), with_entropy=True)
+
+
 @pytest.mark.parametrize("first", [1, 4, 6])
 def test_positions_before_the_first_target_are_read_but_not_computed(first):
     model, tokens_BT, targets = random_model(), random_tokens(GROUPED, 2, 7), random_targets(GROUPED, 2, 7)

@@ -147,12 +147,32 @@ def test_random_k_favours_no_place():
 @pytest.mark.parametrize("emphasis", [0.5, 1.0, 3.0, 1e4])
 def test_the_oracle_emphasises_the_known_place(emphasis):
     span = torch.tensor([(3, 5), (-1, -1), (9, 10), (12, 13), (-1, -1), (7, 9)])
-    found = oracle.token_weights(mask(), span, emphasis=emphasis, **BOUNDS)
+    settings, correct = {**BOUNDS, "emphasis": emphasis, "policy_on_incorrect": "value_only"}, torch.ones(len(SPANS), dtype=torch.bool)
+    found = oracle.token_weights(mask(), span, correct, **settings)
     close(found, projected({(b, i): emphasis if span[b, 0] <= i < span[b, 1] else 1.0 for b, i in PLACES}))
     if emphasis > 1:
         assert float(found[0, 3]) == float(found.max()) > 1 > float(found[0, 2]) == float(found[1, 5])
     with pytest.raises(ValueError, match="no row of the step has a known decisive place"):
-        oracle.token_weights(mask(), torch.full((len(SPANS), 2), -1), emphasis=emphasis, **BOUNDS)
+        oracle.token_weights(mask(), torch.full((len(SPANS), 2), -1), correct, **settings)
+
+
+@pytest.mark.parametrize("emphasis", [0.5, 1.0, 5.0])
+@pytest.mark.parametrize("low", [0.0, 0.1])
+def test_the_oracle_learns_no_fault_of_an_incorrect_program(emphasis, low):
+    span = torch.tensor([(3, 5), (-1, -1), (9, 10), (12, 13), (-1, -1), (7, 9)])
+    right = torch.tensor([True, False, False, True, True, False])
+    settings = {"emphasis": emphasis, "weight_clip_min": low, "weight_clip_max": 5.0}
+    found = oracle.token_weights(mask(), span, right, policy_on_incorrect="weighted", **settings)
+    decisive = {(b, i): span[b, 0] <= i < span[b, 1] for b, i in PLACES}
+    faults = [place for place in PLACES if decisive[place] and not right[place[0]]]
+    assert faults and all(float(found[place]) == pytest.approx(low, abs=1e-7) for place in faults)
+    # The rest: emphasis at a correct program's place, 1 elsewhere, times the one factor that makes the mean 1.
+    others = {place: emphasis if decisive[place] else 1.0 for place in PLACES if place not in faults}
+    factor = (len(PLACES) - low * len(faults)) / sum(others.values())
+    for place, u in others.items():
+        assert float(found[place]) == pytest.approx(factor * u, rel=1e-6)
+    if emphasis != 1:
+        assert not torch.equal(found, oracle.token_weights(mask(), span, right, policy_on_incorrect="value_only", **settings))
 
 
 @pytest.mark.parametrize("lam", [0.0, 0.95, "length_adaptive"])
@@ -263,7 +283,7 @@ def test_notes_say_which_beta_was_used_and_how_much_lies_on_a_bound():
 @pytest.mark.parametrize("name", ["shuffled", "constant_critic", "random_matched", "position_only", "oracle"])
 def test_bounded_controls_note_their_bounds(name):
     function, notes = METHODS[name].function(), {}
-    settings = {"verifiable": SETTINGS, "oracle": {**BOUNDS, "emphasis": 1e6}}.get(name, SETTINGS)
+    settings = {"verifiable": SETTINGS, "oracle": {**BOUNDS, "emphasis": 1e6, "policy_on_incorrect": "value_only"}}.get(name, SETTINGS)
     extra = {"shuffled": {"seed": 1}, "random_matched": {"seed": 1}, "position_only": {"fitted": FITTED, "n_bins": 5}}.get(name, {})
     arrays = {
         "signal_BT": values_of(0),

@@ -208,8 +208,6 @@ def write_bundle(
 
 
 def write_shards(folder: Path, plan: dict[str, list[str]], shapes: Mapping, dtype: str, stream: Iterator) -> None:
-    from safetensors.torch import save_file
-
     for file, names in plan.items():
         shard: dict[str, Tensor] = {}
         for expected in names:
@@ -220,15 +218,22 @@ def write_shards(folder: Path, plan: dict[str, list[str]], shapes: Mapping, dtyp
                 found = f"{dtype_name(name, tensor)} {tuple(tensor.shape)}"
                 raise BundleError(f"{name}: expected {dtype} {shapes[name]}, found {found}")
             shard[name] = tensor.detach().contiguous()
-        untie(shard)
-        save_file(shard, folder / file)
-        (folder / file).chmod(0o644)  # safetensors writes for its owner alone
+        save_shard(shard, folder / file)
     if (more := next(stream, None)) is not None:
         raise BundleError(f"{more[0]}: unknown or repeated tensor after the last expected one; params: more layers than n_layers?")
 
 
-def untie(shard: "dict[str, Tensor]") -> None:
-    """Gives tied tensors bytes of their own, in place: a bundle has an embedding and an output, equal or not."""
+def save_shard(shard: "dict[str, Tensor]", file: Path, metadata: dict[str, str] | None = None) -> None:
+    """A safetensors file that its group and others may read; tied tensors get bytes of their own, in place."""
+    from safetensors.torch import save_file
+
+    _untie(shard)
+    save_file(shard, file, metadata)
+    file.chmod(0o644)  # safetensors writes for its owner alone
+
+
+def _untie(shard: "dict[str, Tensor]") -> None:
+    """A file has an embedding and an output, equal or not."""
     seen: set[int] = set()
     for name, tensor in shard.items():
         if tensor.data_ptr() in seen:
@@ -258,6 +263,8 @@ def read_args(path: str | Path) -> ModelArgs:
 
 def read_metadata(path: str | Path) -> dict:
     """metadata.json, its keys checked: format_version, source, dtype, sha256 (file name to hex), dropped, extra."""
+    if not Path(path).is_dir():
+        raise BundleError(f"{path}: no such folder, expected a bundle; correct the path, or run the stage that makes it (dvc repro)")
     file = Path(path) / "metadata.json"
     metadata = read_json(file)
     check_keys(file, metadata, METADATA_KEYS)
@@ -274,7 +281,10 @@ def bundle_sha256(path: str | Path) -> str:
 
 
 def verify(path: str | Path, hashes: bool = True) -> None:
-    """Checks a bundle against its own manifest: files, adapter, names, shapes, dtype and, unless told otherwise, every SHA256."""
+    """Checks a bundle against its own manifest: files, meta_adapter.yaml, names, shapes, dtype and, unless told otherwise, every SHA256.
+
+    A folder that was put beside the files (write_bundle's `beside`) is not looked at: who reads it checks it (lora.load_adapted).
+    """
     folder = Path(path)
     metadata = read_metadata(folder)
     missing = [name for name in metadata["sha256"] if not (folder / name).is_file()]
@@ -346,11 +356,11 @@ def read_tensors(path: str | Path, n_future: int | None = None) -> "Iterator[tup
     return stream()
 
 
-def open_shard(file: Path, framework: str):
+def open_shard(file: Path, framework: str, mend: str = "make the bundle again"):
     try:
         return safe_open(file, framework=framework)
     except (SafetensorError, OSError) as error:
-        raise BundleError(f"{file}: not a whole safetensors file: {one_line(error)}; make the bundle again") from None
+        raise BundleError(f"{file}: not a whole safetensors file: {one_line(error)}; {mend}") from None
 
 
 def check_names(where: str, found: set[str], expected: set[str]) -> None:
@@ -368,11 +378,11 @@ def check_keys(file: Path, found: object, expected: Iterable[str]) -> None:
             raise BundleError(f"{file}: {kind} key {min(keys)}; expected exactly {', '.join(expected)}")
 
 
-def read_json(file: Path) -> dict:
+def read_json(file: Path, mend: str = "run the stage that makes it (dvc repro)") -> dict:
     try:
         return json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise BundleError(f"{file}: no such file; run the stage that makes it (dvc repro)") from None
+        raise BundleError(f"{file}: no such file; {mend}") from None
     except (OSError, ValueError) as error:
         raise BundleError(f"{file}: not readable JSON: {one_line(error)}") from None
 

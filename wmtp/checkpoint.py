@@ -1,7 +1,7 @@
 """Training state on disk: saved atomically, restored exactly; a trained model as a bundle."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from wmtp import pickled
-from wmtp.bundle import NotFinite, bundle_sha256, tensor_shapes, write_bundle
+from wmtp.bundle import NotFinite, bundle_sha256, write_bundle
 from wmtp.records import atomic_path
 from wmtp.world import World
 
@@ -60,12 +60,16 @@ def full_state(model: nn.Module) -> dict[str, torch.Tensor]:
 
     state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     whole = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
-    if broken := [name for name, tensor in whole.items() if not bool(tensor.isfinite().all())]:
+    _check_finite(whole)
+    return whole
+
+
+def _check_finite(state: Mapping[str, torch.Tensor]) -> None:
+    if broken := [name for name, tensor in state.items() if not bool(tensor.isfinite().all())]:
         raise NotFinite(
-            f"{broken[0]}, among {len(broken)} of {len(whole)} tensors, holds numbers that are not finite; such a model is not"
+            f"{broken[0]}, among {len(broken)} of {len(state)} tensors, holds numbers that are not finite; such a model is not"
             " saved, lower the learning rate"
         )
-    return whole
 
 
 def save_model(
@@ -77,8 +81,10 @@ def save_model(
     """
     state = full_state(model)
     if world.is_first:
-        state, beside = (state, None) if merge is None else merge(state)
+        beside = None
+        if merge is not None:
+            state, beside = merge(state)
+            _check_finite(state)
         tokenizer = (Path(start) / "tokenizer.model").read_bytes()
         extra = {"start_sha256": bundle_sha256(start), **extra}
-        tensors = {name: state[name] for name in tensor_shapes(model.args)}
-        write_bundle(out, model.args, tensors, tokenizer, source="wmtp training", dropped=[], extra=extra, beside=beside)
+        write_bundle(out, model.args, state, tokenizer, source="wmtp training", dropped=[], extra=extra, beside=beside)

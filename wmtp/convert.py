@@ -8,6 +8,7 @@ import pickle
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from textwrap import shorten
 
 import torch
 from torch import Tensor
@@ -53,6 +54,8 @@ HUGGINGFACE_WEIGHTS = ("model.safetensors.index.json", "model.safetensors", "pyt
 def convert(source: str | Path, out: str | Path, extra: dict | None = None) -> None:
     """Writes the bundle `out` from the folder `source`; `extra` goes into its metadata.json. BundleError names what is wrong."""
     source = Path(source)
+    if not source.is_dir():
+        raise BundleError(f"{source}: no such folder; expected one with consolidated*.pth (Meta) or config.json (Hugging Face)")
     meta, hugging = any(source.glob("consolidated*.pth")), (source / "config.json").is_file()
     if meta == hugging:
         found = "both" if meta else "neither"
@@ -64,6 +67,7 @@ def convert(source: str | Path, out: str | Path, extra: dict | None = None) -> N
     if meta:
         shards = [load_pickle(file) for file in meta_files(source)]
         args = meta_args(source / "params.json", shards[0])
+        check_blocks(source, args, set().union(*shards))
         dropped = apply_table(source, set().union(*shards), meta_table(args))
         stream = merged(source, args, shards)
         facts = {}
@@ -88,6 +92,17 @@ def apply_table(source: Path, found: set[str], table: dict[str, str | None]) -> 
     dropped = {name for name in found if name in table and table[name] is None}
     check_names(str(source), found - dropped, {name for name, ours in table.items() if ours})
     return sorted(dropped)
+
+
+def check_blocks(source: Path, args: ModelArgs, names: set[str]) -> None:
+    """Meta counts extra heads as layers; a wrong count would otherwise be told as missing tensors, or as unknown ones."""
+    n_trunk, n_extra = (len({name.split(".")[1] for name in names if name.startswith(f"{part}.")}) for part in ("layers", "extra_heads"))
+    if (n_trunk, n_extra) != (args.n_trunk, args.n_future_tokens - 1):
+        raise BundleError(
+            f"{source / 'params.json'}: n_layers {args.n_layers} and n_future_tokens {args.n_future_tokens}: expected {args.n_trunk} layers"
+            f" and {args.n_future_tokens - 1} extra_heads, found {n_trunk} and {n_extra}, which is n_layers {n_trunk + n_extra} and"
+            f" n_future_tokens {n_extra + 1}; correct it, or copy the whole checkpoint"
+        )
 
 
 def expect(source: Path, name: str, tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
@@ -119,7 +134,9 @@ def load_pickle(file: Path) -> Named:
         what = f" ({names.group(1)})" if names else ""
         raise BundleError(f"{file}: refused: holds more than tensors{what} and could run code when loaded; save plain tensors") from None
     except (RuntimeError, EOFError, OSError, ValueError) as error:
-        raise BundleError(f"{file}: not a whole torch file: {one_line(error)[:200]}; copy or download it again") from None
+        raise BundleError(
+            f"{file}: not a whole torch file: {shorten(one_line(error), 200, placeholder=' ...')}; copy or download it again"
+        ) from None
     if not isinstance(state, dict):
         raise BundleError(f"{file}: expected tensors by name, found {type(state).__name__}")
     for name, value in state.items():
@@ -137,7 +154,7 @@ def meta_files(source: Path) -> list[Path]:
 
 
 def meta_args(file: Path, shard: Named) -> ModelArgs:
-    raw = read_json(file)
+    raw = read_json(file, "it belongs to the checkpoint")
     if not isinstance(raw, dict):
         raise BundleError(f"{file}: expected a mapping, found {type(raw).__name__}")
     settings = META_ABSENT | raw
@@ -260,7 +277,7 @@ def huggingface_tensors(source: Path) -> Named:
 def load_weights(file: Path) -> Named:
     if file.suffix == ".bin":
         return load_pickle(file)
-    with open_shard(file, "pt") as shard:
+    with open_shard(file, "pt", "copy or download it again") as shard:
         return {name: shard.get_tensor(name) for name in shard.keys()}  # noqa: SIM118  (a handle, not a mapping)
 
 

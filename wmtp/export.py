@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
 from wmtp.atomic import AtomicError, atomic_directory, require_space
@@ -27,8 +26,8 @@ from wmtp.bundle import (
     read_json,
     read_metadata,
     read_tensors,
+    save_shard,
     tensor_shapes,
-    untie,
     verify,
 )
 from wmtp.convert import HUGGINGFACE_FIXED, half_split, huggingface_table
@@ -66,6 +65,8 @@ def export(bundle: str | Path, out: str | Path, dtype: str | None = None, metric
 
 def figures_of(metrics: str | Path, extra: dict[str, Any]) -> dict[str, dict]:
     """eval.json and train.json; BundleError where the latter is of another training than the bundle's."""
+    if "n_steps" not in extra:
+        raise BundleError(f"{metrics}: the model says of no training by wmtp, so these figures cannot be its own; leave --metrics out")
     figures = {name: read_json(Path(metrics) / name) for name in FILES}
     for key, known in (("steps", extra.get("n_steps")), ("train_flops", extra.get("flops"))):
         if figures["train.json"].get(key) != known:
@@ -127,7 +128,14 @@ def their_tensors(bundle: str | Path, args: ModelArgs, dtype: str) -> Iterator[t
             tensor = half_split(tensor, args.n_heads)
         elif name.endswith("attention.wk.weight"):
             tensor = half_split(tensor, args.n_kv_heads)
-        yield theirs[name], tensor.to(getattr(torch, dtype)).contiguous()
+        yield theirs[name], _as(name, tensor, getattr(torch, dtype)).contiguous()
+
+
+def _as(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    found = tensor.to(dtype)
+    if tensor.dtype != dtype and not bool(found.isfinite().all()):
+        raise BundleError(f"{name}: holds numbers that are not finite in {str(dtype).removeprefix('torch.')}; take another --dtype")
+    return found
 
 
 def write_weights(folder: Path, bundle: str | Path, args: ModelArgs, dtype: str) -> None:
@@ -139,9 +147,7 @@ def write_weights(folder: Path, bundle: str | Path, args: ModelArgs, dtype: str)
     plan, stream = plan_shards(shapes, dtype, SHARD_BYTES), their_tensors(bundle, args, dtype)
     for file, names in plan.items():
         shard = {name: tensor for _, (name, tensor) in zip(names, stream)}
-        untie(shard)
-        save_file(shard, folder / file, metadata={"format": "pt"})
-        (folder / file).chmod(0o644)  # safetensors writes for its owner alone
+        save_shard(shard, folder / file, {"format": "pt"})
     if len(plan) > 1:
         places = {name: file for file, names in plan.items() for name in names}
         write_json(folder / INDEX, {"metadata": {"total_size": n_bytes}, "weight_map": places})
@@ -150,6 +156,8 @@ def write_weights(folder: Path, bundle: str | Path, args: ModelArgs, dtype: str)
 def card(path: Path, args: ModelArgs, metadata: dict, dtype: str, figures: dict[str, dict], tokenizer: FastTokenizer) -> str:
     extra = metadata["extra"]
     trained = f"by wmtp's method `{extra['method']}`, {extra['n_steps']} optimizer steps" if "method" in extra else "no training by wmtp"
+    if lora := extra.get("lora"):
+        trained += f", of adapters (rank {lora['rank']}, alpha {lora['alpha']:g}, on {', '.join(lora['targets'])}) that are merged"
     lines = [
         "---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags: [code, wmtp]\n---\n",
         f"# {path.name}\n",
@@ -196,7 +204,9 @@ def main() -> None:
     given = parser.parse_args()
     try:
         tokenizer = export(given.model, given.out, given.dtype, given.metrics)
-    except (BundleError, AtomicError, OSError, SafetensorError) as error:
+    except OSError as error:
+        sys.exit(f"export: {error.filename or given.out}: {error.strerror or error}")
+    except (BundleError, AtomicError, SafetensorError) as error:
         sys.exit(f"export: {error}")
     print(f"{given.out}: a LlamaForCausalLM with its tokenizer")
     if tokenizer.unreachable:

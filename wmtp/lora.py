@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from wmtp.bundle import bundle_sha256, check_names, hash_files, open_shard, read_args, read_metadata
+from wmtp.bundle import bundle_sha256, check_names, hash_files, open_shard, read_args, read_json, read_metadata, save_shard
 from wmtp.growth import load_grown
 from wmtp.model import Transformer
 
@@ -44,12 +44,27 @@ def _inject(model: nn.Module, rank: int, alpha: float, dropout: float, targets: 
         raise LoraError(f"training.lora needs peft: {error}; pip install -c constraints.txt -e '.[lora]'") from None
     if any(name.endswith((A, B)) for name, _ in model.named_parameters()):
         raise LoraError("the model has adapters already; load its bundle again")
+    _check_targets(model, rank, targets)
     config, training = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=sorted(targets)), model.training
     with torch.random.fork_rng(devices=[]):  # peft draws on the CPU, whatever the model's device
         torch.manual_seed(seed)
         inject_adapter_in_model(config, model, adapter_name=ADAPTER)
     model.train(training)  # peft's dropout comes switched on
     return {_on_disk(name): parameter for name, parameter in model.named_parameters() if name.endswith((A, B))}
+
+
+def _check_targets(model: nn.Module, rank: int, targets: Sequence[str]) -> None:
+    """peft passes over a target that nothing is named after, as long as another one is found, and takes any rank."""
+    smallest: dict[str, int] = {}
+    for name, layer in model.named_modules():
+        if isinstance(layer, nn.Linear):
+            target = name.rpartition(".")[2]
+            smallest[target] = min(*layer.weight.shape, smallest.get(target, layer.in_features))
+    for target in targets:
+        if target not in smallest:
+            raise LoraError(f"training.lora.targets: {target}: expected a linear layer of the model, one of {', '.join(smallest)}")
+        if rank > smallest[target]:
+            raise LoraError(f"training.lora.rank: expected at most {smallest[target]}, the rank that {target} can have, found {rank}")
 
 
 def _on_disk(name: str) -> str:
@@ -60,15 +75,30 @@ Merge = Callable[[dict[str, Tensor]], tuple[dict[str, Tensor], Callable[[Path], 
 
 
 def merging(settings: Any) -> Merge | None:
-    """For checkpoint.save_model: from a whole state, which it empties, the merged weights and what writes the adapter beside them."""
+    """For checkpoint.save_model: from a whole state, which it empties, the merged weights and what writes the adapter beside them.
+
+    LoraError where the state's adapters are not those of `settings`.
+    """
     if settings is None:
         return None
 
     def merge(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], Callable[[Path], dict[str, Any]]]:
+        _check_adapters(state, settings)
         merged, adapter = split(state, settings.alpha / settings.rank)
         return merged, lambda bundle: _write(bundle / FOLDER, adapter, {key: getattr(settings, key) for key in KEYS})
 
     return merge
+
+
+def _check_adapters(state: dict[str, Tensor], settings: Any) -> None:
+    """Another rank would merge at another scale, another list of targets would be written than was trained."""
+    ranks = {name.removesuffix(A): len(tensor) for name, tensor in state.items() if name.endswith(A)}
+    targets = sorted({place.rpartition(".")[2] for place in ranks})
+    if targets != sorted(settings.targets) or set(ranks.values()) != {settings.rank}:
+        raise LoraError(
+            f"the model's adapters: expected rank {settings.rank} on {', '.join(sorted(settings.targets))}, found rank"
+            f" {', '.join(map(str, sorted(set(ranks.values())))) or 'none'} on {', '.join(targets) or 'none'}"
+        )
 
 
 def split(state: dict[str, Tensor], scale: float) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -95,11 +125,8 @@ def _config(facts: dict[str, Any]) -> dict[str, Any]:
 
 def _write(folder: Path, adapter: dict[str, Tensor], facts: dict[str, Any]) -> dict[str, Any]:
     """What the bundle's metadata tell of it."""
-    from safetensors.torch import save_file
-
     folder.mkdir()
-    save_file(adapter, folder / WEIGHTS, metadata={"format": "pt"})
-    (folder / WEIGHTS).chmod(0o644)  # safetensors writes for its owner alone
+    save_shard(adapter, folder / WEIGHTS, {"format": "pt"})
     (folder / CONFIG).write_text(json.dumps(_config(facts), indent=2) + "\n")
     return {"lora": {**facts, "sha256": hash_files(folder, [CONFIG, WEIGHTS])}}
 
@@ -110,11 +137,11 @@ def load_adapted(start: str | Path, trained: str | Path, device: str | torch.dev
     LoraError or BundleError where `trained` has none or started elsewhere, and unless every tensor finds its place and none is missing.
     """
     folder, extra = Path(trained) / FOLDER, read_metadata(trained)["extra"]
-    facts = extra.get("lora")
-    if facts is None:
+    if extra.get("lora") is None:
         raise LoraError(f"{trained}: expected a bundle that was trained with training.lora, found none of it in its metadata.json")
-    if extra["start_sha256"] != (found := bundle_sha256(start)):
-        raise LoraError(f"{start}: expected the bundle that {trained} started from, {extra['start_sha256'][:12]}, found {found[:12]}")
+    if (known := extra.get("start_sha256")) != (found := bundle_sha256(start)):
+        raise LoraError(f"{start}: expected the bundle that {trained} started from, {str(known)[:12]}, found {found[:12]}")
+    facts = _check_facts(Path(trained) / "metadata.json", extra["lora"])
     _check_files(folder, facts)
     model, _ = load_grown(start, read_args(trained).n_future_tokens, device)
     places = _inject(model, *(facts[key] for key in KEYS))
@@ -125,9 +152,24 @@ def load_adapted(start: str | Path, trained: str | Path, device: str | torch.dev
     return model
 
 
+FACTS = {"rank": int, "alpha": (int, float), "dropout": (int, float), "targets": list, "sha256": dict}
+
+
+def _check_facts(file: Path, facts: Any) -> dict[str, Any]:
+    """metadata.json is the one file of a bundle that no hash guards."""
+    whole = isinstance(facts, dict) and set(facts) == set(FACTS) and all(isinstance(facts[key], kind) for key, kind in FACTS.items())
+    if not whole or set(facts["sha256"]) != {CONFIG, WEIGHTS} or not all(isinstance(target, str) for target in facts["targets"]):
+        raise LoraError(
+            f"{file}: extra.lora: expected {', '.join(FACTS)} as a training writes them, found {facts!r}; train the model again"
+        )
+    return facts
+
+
 def _check_files(folder: Path, facts: dict[str, Any]) -> None:
     if absent := [name for name in (CONFIG, WEIGHTS) if not (folder / name).is_file()]:
         raise LoraError(f"{folder / absent[0]}: missing; train the model again")
     for name, found in hash_files(folder, [CONFIG, WEIGHTS]).items():
         if found != facts["sha256"][name]:
             raise LoraError(f"{folder / name}: SHA256: expected {facts['sha256'][name]}, found {found}; train the model again")
+    if (found := read_json(folder / CONFIG)) != _config(facts):
+        raise LoraError(f"{folder / CONFIG}: expected {_config(facts)} as in metadata.json, found {found}; train the model again")

@@ -135,7 +135,12 @@ class PositionOnlyMethod(AdvantageMethod):
 
 class OracleMethod(Method):
     weighting: Literal["oracle"]
-    emphasis: Annotated[float, Field(gt=0)] = Field(description="weight of a decisive token in units of another's, before the projection")
+    policy_on_incorrect: Literal["value_only", "weighted"] = Field(
+        description="value_only: correct programs alone; weighted: pairs with an incorrect one, whose fault gets the least weight"
+    )
+    emphasis: Annotated[float, Field(gt=0)] = Field(
+        description="weight of a correct program's decisive token in units of another's, before the projection"
+    )
     weight_clip_min: LowClip
     weight_clip_max: HighClip
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from wmtp.align import IGNORE
-from wmtp.bundle import ModelArgs, read_args, read_tensors, verify
+from wmtp.bundle import BundleError, ModelArgs, read_args, read_tensors, verify
 from wmtp.cache import BlockCache, Cache, Fork, ForkedBlock, Window, attention
 
 AnyBlockCache = BlockCache | ForkedBlock
@@ -136,14 +136,18 @@ class Transformer(nn.Module):
         first: int = 0,
         with_entropy: bool = False,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """Without targets: logits [B, T, F, V]. With targets: cross-entropy [B, T, F] in nats, at least float32, 0 where IGNORE.
+        """Without targets: logits [B, T - first, F, V]. With targets: cross-entropy [B, T, F] in nats, at least float32, 0 where IGNORE.
 
         `with_entropy` adds the entropy of each of those predictions, of the same form and detached.
+
+        ValueError where more heads are asked for than are built.
 
         With a cache, `position_BT` says where each token of each row stands (None: from the start of an empty one); earlier
         positions are read from the cache. `first` is the caller's word that no target stands before that position: the head blocks
         then compute nothing there.
         """
+        if targets_BTF is None and with_entropy:
+            raise ValueError("with_entropy: expected with targets; without them the logits hold all of the predictions")
         hidden = self.hidden(tokens_BT, cache, position_BT, n_future, first)
         if targets_BTF is None:
             return torch.stack([self.output(x_BTD) for x_BTD in hidden], dim=2)
@@ -167,6 +171,8 @@ class Transformer(nn.Module):
         if cache is not None and first:
             raise ValueError(f"first: expected 0 with a cache, whose positions are told by position_BT, found {first}")
         n_future = self.n_future if n_future is None else n_future
+        if not 1 <= n_future <= self.n_future:
+            raise ValueError(f"n_future: expected 1..{self.n_future}, the heads that are built, found {n_future}")
         context = self._context(tokens_BT, cache, position_BT)
         caches = cache.blocks if cache else [None] * (len(self.layers) + n_future - 1)
         x_BTD = self.tok_embeddings(tokens_BT)
@@ -226,7 +232,7 @@ def load_bundle(
     verify(path)
     args = read_args(path)
     if n_future is not None and not 1 <= n_future <= args.n_future_tokens:
-        raise ValueError(f"{path}: n_future: expected 1..{args.n_future_tokens} (params.json n_future_tokens), found {n_future}")
+        raise BundleError(f"{path}: n_future: expected 1..{args.n_future_tokens} (params.json n_future_tokens), found {n_future}")
     if n_future is not None:
         args = args.with_heads(n_future)
     with torch.device("meta"):

@@ -225,6 +225,12 @@ class Lora(Section):
         min_length=1, description="linear layers by Meta's names, in every block, extra heads included"
     )
 
+    @model_validator(mode="after")
+    def _named_once(self) -> "Lora":
+        if len(set(self.targets)) < len(self.targets):
+            raise ValueError(f"targets {', '.join(self.targets)}: expected each once")
+        return self
+
 
 class Training(Tuning):
     start: None = Field(default=None, exclude=True)

@@ -10,13 +10,10 @@ import socket
 import sys
 import threading
 import types
-import weakref
 
 from wmtp import codec
 
 MODULE = "solution"
-# Older than a child, and so not among the objects that its collector knows; weak, so that a stream that nobody has any more is written out.
-_OUTPUT: list[weakref.ref] = []
 
 
 class Inside:
@@ -93,14 +90,10 @@ def receive(channel: socket.socket) -> dict:
 
 
 def open_streams() -> None:
-    """Programs expect real files: stream objects over descriptors 0 to 2, for the fork server to make once.
-
-    They hold no text and no place, so that a child which gets other files under these numbers reads and writes those.
-    """
+    """Programs expect real files: stream objects over descriptors 0 to 2."""
     sys.stdin = sys.__stdin__ = open(0, encoding="utf-8", errors="surrogateescape", closefd=False)  # noqa: SIM115
     sys.stdout = sys.__stdout__ = open(1, "w", encoding="utf-8", errors="surrogateescape", closefd=False)  # noqa: SIM115
     sys.stderr = sys.__stderr__ = open(2, "w", encoding="utf-8", errors="backslashreplace", closefd=False)  # noqa: SIM115
-    _OUTPUT[:] = [weakref.ref(sys.stdout), weakref.ref(sys.stdout.buffer)]
 
 
 def _add_exits(builtins: types.ModuleType) -> None:
@@ -121,7 +114,7 @@ def finish() -> None:
     """What an interpreter does at its end, without the cost of tearing it down: threads, atexit, unwritten text of every open file."""
     threading._shutdown()
     atexit._run_exitfuncs()
-    files = [*(stream() for stream in _OUTPUT), *(thing for thing in gc.get_objects() if isinstance(thing, io.IOBase))]
+    files = [thing for thing in gc.get_objects() if isinstance(thing, io.IOBase)]
     files.sort(key=lambda file: (type(file) is io.TextIOWrapper) + 2 * (type(file) is io.BufferedWriter))
     for file in [getattr(sys, "stdout", None), *files]:
         if file is not None and not _ended(file):
@@ -172,6 +165,7 @@ def answer(inside: Inside, request: dict) -> object:
 def serve(channel: socket.socket) -> None:
     import builtins
 
+    open_streams()
     _add_exits(builtins)
     random.seed(0)
     inside = Inside(channel)

@@ -178,7 +178,6 @@ def prepare() -> socket.socket:
     sys.path[:] = [entry for entry in sys.path if entry != package]
     sys.executable = os.path.realpath(sys.executable)  # a virtual environment's link leads nowhere under a private root
     os.environ.pop("PYTHONHASHSEED")
-    runtime.open_streams()
     confine.adopt_orphans()
     confine.die_with_parent()
     return socket.socket(fileno=int(sys.argv[1]))
