@@ -7,9 +7,10 @@ from typing import Any
 import torch
 
 from stages import run
-from wmtp import critic, critic_report, flops, gate, pretrain, provenance, scores, train
+from wmtp import critic, critic_report, flops, gate, outcome, pretrain, provenance, scores, train
 from wmtp.bundle import bundle_sha256
 from wmtp.model import load_bundle
+from wmtp.plan import Plan
 from wmtp.progress import say
 from wmtp.records import write_text
 from wmtp.tokens import TokenData, check_same_tokenizer
@@ -27,7 +28,7 @@ def work(params: Any, track: Any, start: str, processed: str, out: str, log: str
         scores.check_out_of_fold(trained_on, held_out, "the gate")
         trunk = load_bundle(start, n_future=1, dtype=torch.float32, device=world.device)
         model = pretrain.network(settings.loss, trunk).to(world.device)
-        plan = train.Plan(
+        plan = Plan(
             data, pairs, settings.batch_rows // 2, settings.n_epochs, settings.learning_rate, params.seed,
             checkpoint_every=params.run.checkpoint_every,
         )  # fmt: skip
@@ -42,7 +43,7 @@ def work(params: Any, track: Any, start: str, processed: str, out: str, log: str
                 pair = critic_report.typical_pair(judged)
                 texts = pretrain.response_texts(tokenizer, held_out, rows[list(pair)])
                 critic_report.write(folder, judged, critic_report.curves(judged, pair, texts), **judging)
-                train.write_log(Path(log), records)
+                outcome.write_log(Path(log), records)
                 write_text(report, json.dumps(figures, indent=2) + "\n")
                 for reason in gate.failures(figures, settings.gate.min_delta_std):
                     say(f"critic: the quality gate FAILED: {reason}")

@@ -5,10 +5,11 @@ from pathlib import Path
 from typing import Any
 
 from stages import run
-from wmtp import critic, train
+from wmtp import critic
 from wmtp.blocks import reads_pairs
 from wmtp.examples import examples, first_weights
 from wmtp.growth import load_grown
+from wmtp.plan import Plan
 from wmtp.policy import policy_objective, policy_signal
 from wmtp.records import write_text
 from wmtp.tokens import TokenData, Tokenizer
@@ -24,7 +25,7 @@ def work(params: Any, track: Any, method: str, start: str, processed: str, signa
         model, _ = load_grown(start, settings.n_future, world.device)
         signal_of, _, _ = policy_signal(method, settings, signal, data, lambda: True)  # shown, whatever the gate said
         units = critic.pairs(data) if reads_pairs(settings) else data.correct_rows()
-        plan = train.Plan(data, units, training.batch_rows // units.ndim, 1, 0.0, training.seed, signal_of)
+        plan = Plan(data, units, training.batch_rows // units.ndim, 1, 0.0, training.seed, signal_of)
         objective = policy_objective(method, settings, lambda: training.beta, lambda: training.seed, plan.first_pass)
         step = plan.step(0).to(world.device)
         weight_BTF = first_weights(model, objective, step)

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from stages import run
-from wmtp import train
+from wmtp import outcome, train
 from wmtp.world import joined
 
 
@@ -12,7 +12,7 @@ def work(params: Any, track: Any, start: str, processed: str, out: str, log: str
     with joined(params.run.device) as world:
         records = train.tune(params, "reference", "reference", Path(start), Path(processed), Path(out), world, track.log)
         if world.is_first:
-            train.write_log(Path(log), records)
+            outcome.write_log(Path(log), records)
     return records[-1] if records else {}
 
 

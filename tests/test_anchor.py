@@ -15,6 +15,7 @@ from wmtp import train as room
 from wmtp.anchor import AnchoredCritic, AnchoredObjective
 from wmtp.batches import collate
 from wmtp.critic import ValueObjective, load_critic, pairs, save_critic
+from wmtp.plan import Plan
 from wmtp.tokens import TokenData
 from wmtp.world import joined
 
@@ -94,7 +95,7 @@ def test_what_is_saved_is_the_critic_itself(tmp_path, micro):
 
 def trained(bundle, data, scratch=None, at=0, world=ALONE, parallel="ddp", dtype=torch.float32):
     model = AnchoredCritic(start_model(bundle, dtype, n_future=1))
-    plan = room.Plan(data, pairs(data), 2, 0.5, 0.01, 3, log_every=1, checkpoint_every=2)
+    plan = Plan(data, pairs(data), 2, 0.5, 0.01, 3, log_every=1, checkpoint_every=2)
     work = AnchoredObjective("bce", decay=0.5, coef=1.0, value_clip=0.05)
     records = room.fit(model, work, plan, OPTIMIZER, world, parallel=parallel, scratch=scratch, on_log=killer(at))
     return records, {name: p.full_tensor() if hasattr(p, "full_tensor") else p.detach() for name, p in model.named_parameters()}

@@ -15,7 +15,7 @@ from stages import describe_arms, describe_code
 from stages import train as stage
 from tests import methods
 from tests.test_train import signal_of
-from wmtp import dependencies, params, policy
+from wmtp import dependencies, outcome, params, policy
 from wmtp.dependencies import ROOT
 from wmtp.model import load_bundle
 from wmtp.scores import write_scores
@@ -135,7 +135,7 @@ def test_the_training_stage_takes_its_seed_its_validation_and_its_tokenizer_from
     assert run("again", micro.bundle) == (log, report) and run("two", micro.bundle, seed=2)[0] != log
     model, alone = load_bundle(tmp_path / "one-model", dtype=torch.float32), World(0, 1, torch.device("cpu"))
     for split, same in (("validation", True), ("policy", False)):
-        ce = stage.train.validation(model, TokenData(micro.processed, split), alone, 4096)["validation_ce_head0"]
+        ce = outcome.validation(model, TokenData(micro.processed, split), alone, 4096)["validation_ce_head0"]
         assert (ce == pytest.approx(report["validation_ce_head0"], rel=1e-6)) == same
     other = shutil.copytree(micro.bundle, tmp_path / "other")
     model = sentencepiece_model_pb2.ModelProto.FromString((micro.bundle / "tokenizer.model").read_bytes())

@@ -8,10 +8,11 @@ import torch
 
 from tests import methods
 from tests.test_train import ALONE, start_model
-from wmtp import pretrain, train
+from wmtp import pretrain
 from wmtp.batches import share
 from wmtp.critic import pairs
 from wmtp.examples import examples, first_weights
+from wmtp.plan import Plan
 from wmtp.weighting import METHODS
 
 F = 3
@@ -34,7 +35,7 @@ def planned(name, data):
     signal = METHODS[name.split()[0]].signal
     fixed = (lambda row: signal_of(row)[: data.lengths[row]]) if signal else None
     units = pairs(data) if "pairs" in name else data.correct_rows()
-    return train.Plan(data, units, 8 // units.ndim, 1, 0.0, 5, fixed)
+    return Plan(data, units, 8 // units.ndim, 1, 0.0, 5, fixed)
 
 
 @pytest.mark.parametrize("name", NAMES)

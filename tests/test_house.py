@@ -31,9 +31,9 @@ TRAINING = [
     "model convert slicing sources provenance tokenizer_json cells",
     "tokens generate export growth checkpoint",
     "batches scores sampling lora",
-    "policy critic preference measure drift",
-    "scoring train anchor shared",
-    "pretrain",
+    "policy critic preference measure drift plan",
+    "scoring anchor shared outcome",
+    "pretrain train",
     "examples",
 ]
 JUDGING = [

@@ -28,9 +28,10 @@ from tests.test_policy import (
 from tests.test_policy import whole_step as correct_step
 from tests.test_train import signal_of
 from tests.test_weighting import exact_projection
-from wmtp import critic, params, train
+from wmtp import critic, params
 from wmtp.blocks import reads_pairs
 from wmtp.method_schema import AnyMethod
+from wmtp.plan import Plan
 from wmtp.scores import write_scores
 from wmtp.view import View
 from wmtp.weighting import METHODS
@@ -192,7 +193,7 @@ def trained(micro, data, root, settings, name="verifiable"):
     values = params.read_yaml(ROOT / "params.yaml")
     values["methods"][name] = settings
     values["training"] |= {"batch_rows": 8, "log_every": 1, "n_epochs": 0.5}
-    steps, seen = train.Plan.step, []
+    steps, seen = Plan.step, []
 
     def noted(plan, number):
         step = steps(plan, number)
@@ -200,7 +201,7 @@ def trained(micro, data, root, settings, name="verifiable"):
         return step
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train.Plan, "step", noted)
+        patch.setattr(Plan, "step", noted)
         patch.setenv("DVC_ROOT", str(root))
         seeing = View(params.validate(values), list(params.Params.model_fields), f"train@{name}")
         paths = [str(root / name) for name in ("out", "log.csv", "report.json")]
@@ -217,7 +218,7 @@ def test_the_stage_reads_correct_programs_alone_or_pairs_and_logs_the_weight_on_
     seen, records = trained(micro, data, tmp_path, methods.block("verifiable", 3) if form == "value_only" else block(form, n_future=3))
     assert len(seen) == len(records) > 2
     units = data.correct_rows() if form == "value_only" else critic.pairs(data)
-    expected = train.Plan(data, units, 8 // units.ndim, 0.5, 0.1, 1)
+    expected = Plan(data, units, 8 // units.ndim, 0.5, 0.1, 1)
     assert all(np.array_equal(rows, expected.step(number).row_B.numpy()) for number, rows in enumerate(seen))
     if form == "value_only":
         assert all(data.is_correct[rows].all() for rows in seen) and all(record["weight_on_incorrect"] == 0 for record in records)

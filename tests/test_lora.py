@@ -17,7 +17,7 @@ from tests import methods
 from tests.conftest import run_ranks
 from tests.test_model import SHAPES, random_model, random_tokens
 from tests.test_train import ALONE, OPTIMIZER, Killed, fit, killer, plan_of, policy, same_bits, short_plan, start_model
-from wmtp import checkpoint, lora, train
+from wmtp import checkpoint, lora, outcome, train
 from wmtp.batches import share
 from wmtp.bundle import BundleError, NotFinite, bundle_sha256, read_metadata, write_bundle
 from wmtp.checkpoint import full_state, save_model
@@ -333,9 +333,9 @@ def test_a_shared_critic_trains_its_head_beside_the_adapter(micro):
 
 def test_the_account_counts_adapters_apart(micro, data):
     plan, objective = plan_of(data), policy("baseline")
-    full = train.account(start_model(micro.bundle), objective, plan, {})
+    full = outcome.account(start_model(micro.bundle), objective, plan, {})
     model = adapted(start_model(micro.bundle))
-    found = train.account(model, objective, plan, {})
+    found = outcome.account(model, objective, plan, {})
     assert found["parameters"] == full["parameters"] == full["trained_parameters"]
     assert found["trained_parameters"] == sum(p.numel() for name, p in model.named_parameters() if "lora_" in name)
     assert 0.6 * full["train_flops"] < found["train_flops"] < full["train_flops"]  # to the product in test_flops

@@ -30,13 +30,14 @@ from tests.test_policy import (
 )
 from tests.test_train import ALONE, OPTIMIZER, Killed, killer, same_bits
 from tests.test_weighting import exact_projection
-from wmtp import flops, shared, train
+from wmtp import flops, outcome, shared, train
 from wmtp.align import future_targets
 from wmtp.batches import Batch, share
 from wmtp.blocks import reads_pairs
 from wmtp.critic import Critic, pairs
 from wmtp.method_schema import AnyMethod
 from wmtp.model import load_bundle
+from wmtp.plan import Plan
 from wmtp.policy import check_faults
 
 NAMES = ("verifiable_shared", "uniform_shared")
@@ -307,7 +308,7 @@ def fit(micro, data, **changes):
     """(model, records) of four steps of two pairs."""
     settings = settings_of("verifiable_shared", n_future=3)
     model = shared.network(settings, load_bundle(micro.bundle, dtype=torch.float32))
-    plan = train.Plan(data, pairs(data)[:8], 2, 1.0, 0.01, 3, None, 1, 2)
+    plan = Plan(data, pairs(data)[:8], 2, 1.0, 0.01, 3, None, 1, 2)
     work = objective("verifiable_shared", n_future=3)
     return model, lambda: train.fit(model, work, plan, SimpleNamespace(**vars(OPTIMIZER)), ALONE, **changes)
 
@@ -327,10 +328,10 @@ def test_killed_and_resumed_equals_uninterrupted_value_head_included(micro, data
 @pytest.mark.parametrize("on_incorrect", BOTH)
 def test_the_account_counts_the_targets_that_a_row_has(micro, data, on_incorrect):
     """An incorrect row that trains the value alone has those of head 0."""
-    plan = train.Plan(data, pairs(data)[:8], 2, 1.0, 0.01, 3)
+    plan = Plan(data, pairs(data)[:8], 2, 1.0, 0.01, 3)
     model, rows = shared.network(settings_of(NAMES[0]), load_bundle(micro.bundle)), plan.rows_read()
     extents = data.lengths[rows], data.response_start[rows]
-    found = train.account(model, objective("verifiable_shared", on_incorrect, n_future=3), plan, {"loss": 2.0, "ce": 3.0})["train_flops"]
+    found = outcome.account(model, objective("verifiable_shared", on_incorrect, n_future=3), plan, {"loss": 2.0, "ce": 3.0})["train_flops"]
     assert found == flops.training(model, *extents, data.is_correct[rows] if on_incorrect == "value_only" else None)
     assert (found < flops.training(model, *extents)) == (on_incorrect == "value_only")
 

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from tests import methods
 from tests.conftest import ROOT, run_ranks, start
 from tests.test_model import random_model
-from wmtp import flops, sampling, train
+from wmtp import flops, outcome, sampling, train
 from wmtp import params as parameters
 from wmtp.align import align_future
 from wmtp.batches import collate, in_order
@@ -25,6 +25,7 @@ from wmtp.checkpoint import save_model
 from wmtp.critic import Critic, ValueObjective, pairs
 from wmtp.model import load_bundle
 from wmtp.optim import build_optimizer, learning_rate
+from wmtp.plan import Plan
 from wmtp.policy import PolicyObjective, WeightError
 from wmtp.preference import PairwiseObjective
 from wmtp.protocols import PROTOCOLS, with_sampling
@@ -32,7 +33,7 @@ from wmtp.raw_data import read_raw
 from wmtp.scores import problems_of
 from wmtp.shared import SharedPolicy
 from wmtp.tokens import TokenData, TokenError, Tokenizer
-from wmtp.train import NotFinite, Plan
+from wmtp.train import NotFinite
 from wmtp.view import View
 from wmtp.weighting import METHODS
 from wmtp.world import World, joined
@@ -425,7 +426,7 @@ def test_zero_epochs_give_the_start_itself(micro, work, tmp_path):
     records = tune(micro, tmp_path / "out", warm_up__n_epochs=0)
     ours, theirs = load_bundle(tmp_path / "out"), load_bundle(micro.bundle, dtype=torch.float32)
     assert same_bits(ours, theirs) and records == []
-    train.write_log(tmp_path / "log.csv", records)
+    outcome.write_log(tmp_path / "log.csv", records)
     assert (tmp_path / "log.csv").is_file(), "the stage's log is one of its outputs, also when there was nothing to log"
 
 
@@ -442,7 +443,7 @@ def test_a_start_with_another_tokenizer_is_refused_before_anything_is_trained(mi
 
 def test_the_log_holds_its_numbers_in_full(tmp_path):
     records = [{"step": 1, "loss": 0.1 + 0.2, "rate": 1e-9}, {"step": 2, "loss": 2.5, "rate": 0.0}]
-    train.write_log(tmp_path / "log.csv", records)
+    outcome.write_log(tmp_path / "log.csv", records)
     assert (tmp_path / "log.csv").read_text() == "step,loss,rate\n1,0.30000000000000004,1e-09\n2,2.5,0.0\n"
 
 
@@ -451,7 +452,7 @@ def test_a_model_that_is_no_numbers_is_neither_validated_nor_saved(micro, tmp_pa
     with torch.no_grad():
         model.layers[0].attention.wq.weight[1, 2] = math.nan
     with pytest.raises(NotFinite, match=r"validation: the model's loss by head is \[nan, nan, nan\]"):
-        train.validation(model, data, ALONE, 3000)
+        outcome.validation(model, data, ALONE, 3000)
     with pytest.raises(NotFinite, match=r"layers\.0\.attention\.wq\.weight, among 1 of \d+ tensors, holds numbers that are not finite"):
         save_model(model, micro.bundle, tmp_path / "out", ALONE, {})
     assert not (tmp_path / "out").exists()
@@ -468,13 +469,13 @@ def test_validation_is_the_mean_loss_of_each_head_over_correct_programs(micro):
             for h in range(3):
                 losses[h].append(-float(scores[i - h - 1, h, ids[i]]))
     for budget in (1, 3000):
-        found = train.validation(model, data, ALONE, budget)
+        found = outcome.validation(model, data, ALONE, budget)
         assert found == pytest.approx({f"validation_ce_head{h}": np.mean(losses[h]) for h in range(3)}, rel=1e-10)
 
 
 def test_the_account_counts_what_was_read(micro, data):
     plan, model = plan_of(data, n_epochs=1.5), start_model(micro.bundle)
-    figures = train.account(model, policy("baseline"), plan, {"loss": 2.0, "ce": 3.0, "grad_norm": 1.0}, 11)
+    figures = outcome.account(model, policy("baseline"), plan, {"loss": 2.0, "ce": 3.0, "grad_norm": 1.0}, 11)
     n_tokens = sum(int(data.lengths[plan.step(number).row_B].sum()) for number in range(plan.n_steps))
     n_weights = sum(p.numel() for p in model.parameters())
     assert (figures["steps"], figures["tokens"], figures["parameters"]) == (9, n_tokens, n_weights)
@@ -484,11 +485,11 @@ def test_the_account_counts_what_was_read(micro, data):
     assert figures["train_flops"] == flops.training(model, *read) > 0
     assert (figures["signal_flops"], figures["total_flops"]) == (11, figures["train_flops"] + 11)
     end = {"loss": 2.0, "ce": 3.0}
-    twice = train.account(model, policy("rho1", scope="two_pass"), plan, end)
+    twice = outcome.account(model, policy("rho1", scope="two_pass"), plan, end)
     assert twice["train_flops"] == flops.training(model, *read) + flops.training_forward(model, *read), "a forward more"
-    lagged = train.account(model, methods.objective("rho1", n_future=3, scope={"kind": "lagged", "ema": 0.0}), plan, end)
+    lagged = outcome.account(model, methods.objective("rho1", n_future=3, scope={"kind": "lagged", "ema": 0.0}), plan, end)
     assert lagged["train_flops"] == flops.training(model, *read) + flops.training_forward(model, *first_step), "the first step goes twice"
-    assert train.account(SharedPolicy(model), policy("baseline"), plan, {"loss": 2.0, "ce": 3.0})["parameters"] == n_weights
+    assert outcome.account(SharedPolicy(model), policy("baseline"), plan, {"loss": 2.0, "ce": 3.0})["parameters"] == n_weights
 
 
 def test_a_model_tells_which_problems_it_and_its_start_learned_from(micro, data, tmp_path):
@@ -497,15 +498,15 @@ def test_a_model_tells_which_problems_it_and_its_start_learned_from(micro, data,
     rows = np.concatenate([plan.step(number).row_B.numpy() for number in range(plan.n_steps)])
     assert plan.rows_read().tolist() == rows.tolist() and len(rows) == 20
     model = start_model(micro.bundle, torch.float32)
-    first = train.record(model, plan, micro.bundle)
+    first = outcome.record(model, plan, micro.bundle)
     n_flops = flops.training(model, data.lengths[rows], data.response_start[rows])
     assert first == {"n_steps": 5, "flops": n_flops, "learned_from": problems_of(data, rows)} and n_flops > 0
     save_model(model, micro.bundle, tmp_path / "first", ALONE, first)
     other = TokenData(micro.processed, "validation")
-    second = train.record(model, plan_of(other, 2, units=other.correct_rows()[:2]), tmp_path / "first")["learned_from"]
+    second = outcome.record(model, plan_of(other, 2, units=other.correct_rows()[:2]), tmp_path / "first")["learned_from"]
     own = problems_of(other, other.correct_rows()[:2])
     assert second == {key: sorted({*own[key], *first["learned_from"][key]}) for key in ("task_ids", "groups")}
-    assert train.record(model, plan_of(data, n_epochs=0), micro.bundle)["learned_from"] == {"task_ids": [], "groups": []}
+    assert outcome.record(model, plan_of(data, n_epochs=0), micro.bundle)["learned_from"] == {"task_ids": [], "groups": []}
 
 
 def tune_and_die(bundle, processed, out, moment):
@@ -687,7 +688,7 @@ def validate_sharded(bundle, processed, out, budget):
     with joined("cpu") as world:
         model = start_model(Path(bundle))
         world.wrap(model, "fsdp")
-        found = train.validation(model, TokenData(processed, "validation"), world, int(budget))
+        found = outcome.validation(model, TokenData(processed, "validation"), world, int(budget))
     Path(out, f"{world.rank}.json").write_text(json.dumps(found))
 
 
@@ -701,6 +702,6 @@ def test_sharded_validation_survives_ranks_with_unequal_numbers_of_batches(micro
     budget = next(budget for budget in range(200, 900, 10) if n_batches(budget, 0) != n_batches(budget, 1))
     ends = run_ranks("tests.test_train", "validate_sharded", micro.bundle, micro.processed, tmp_path, budget, seconds=120)
     assert [code for code, _ in ends] == [0, 0], "\n".join(error[-600:] for _, error in ends)
-    expected = train.validation(start_model(micro.bundle), data, ALONE, 3000)
+    expected = outcome.validation(start_model(micro.bundle), data, ALONE, 3000)
     for rank in (0, 1):
         assert json.loads((tmp_path / f"{rank}.json").read_text()) == pytest.approx(expected, rel=1e-10)

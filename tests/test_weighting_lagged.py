@@ -14,7 +14,7 @@ from tests import methods
 from tests.test_policy import EQUAL_LENGTHS, SPANS, F, Waits, cross_entropy, same, small_model, whole_step
 from tests.test_train import ALONE, Keep, Killed, fit, killer, same_bits, short_plan, start_model
 from tests.test_weighting_rho1 import ceil
-from wmtp import params, train
+from wmtp import outcome, params
 from wmtp.dependencies import ROOT
 from wmtp.method_schema import AnyMethod
 from wmtp.policy import WeightError
@@ -355,7 +355,7 @@ def test_evaluation_changes_no_statistics(micro, data, made):
     fit(model, objective, short_plan(data))
     known = objective.lag.state()
     assert known
-    train.validation(model, TokenData(micro.processed, "validation"), ALONE, 500)
+    outcome.validation(model, TokenData(micro.processed, "validation"), ALONE, 500)
     with torch.no_grad():
         objective.loss(model, objective.prepare(short_plan(data).step(0)))
     assert objective.lag.state() == known and not objective.lag.seen
