@@ -13,6 +13,8 @@ PIPELINE = {
     "beta": None, "policy_on_incorrect": "value_only", "gamma": 1.0, "lam": 0.95, "sigma_floor": 0.01, "z_clip": 5.0, **BOUNDS,
     "concentration_floor": 0.3, "terminal_credit": False,
 }  # fmt: skip
+CACHED = ("verifiable", "shuffled", "constant_critic", "position_only", "random_matched")
+"""Methods whose block says `critic: separate`."""
 SHARED = {
     "critic": "shared", "value_coef": 0.5, "value_loss": {"kind": "bce", "gamma": 1.0, "lam": 1.0}, "policy_on_incorrect": "value_only",
 }  # fmt: skip
@@ -51,7 +53,7 @@ HEAD_MODES = ("shared_target", "per_head", "per_head_zscore", "pooled")
 
 def block(name: str, n_future: int = 4, **changes: Any) -> dict[str, Any]:
     common = {"weighting": METHODS[name].weighting, "n_future": n_future, "mix": 1.0, "head_weights": None}
-    separate = {"critic": "separate"} if "gamma" in OWN.get(name, {}) and "policy_on_incorrect" in OWN[name] else {}
+    separate = {"critic": "separate"} if name in CACHED else {}
     return common | separate | OWN.get(name, {}) | changes
 
 

@@ -235,6 +235,20 @@ def test_settings_that_are_not_the_tensors(tmp_path, meta, change, said):
     fails(meta[0], tmp_path, said)
 
 
+@pytest.mark.parametrize(
+    ("renamed", "said"),
+    [
+        (lambda name: f"model.{name}", "missing tensor extra_heads.0.attention.wk.weight and 47 more"),
+        (lambda name: name.replace("layers.2.", "layers.7."), "missing tensor layers.2.attention.wk.weight"),
+        (lambda name: "layers.note" if name == "norm.weight" else name, "missing tensor norm.weight"),
+        (lambda name: 0 if name == "norm.weight" else name, "expected tensors by name, found the key 0"),
+    ],
+)
+def test_names_that_are_no_blocks_are_not_told_as_a_wrong_count(tmp_path, meta, renamed, said):
+    torch.save({renamed(name): tensor for name, tensor in meta[1].items()}, meta[0] / "consolidated.pth")
+    fails(meta[0], tmp_path, said)
+
+
 @pytest.mark.parametrize("key", ["dim", "n_layers", "n_heads", "multiple_of", "norm_eps"])
 def test_keys_that_mean_nothing_when_absent(tmp_path, meta, key):
     settings = {name: value for name, value in META_PARAMS.items() if name != key}

@@ -134,7 +134,11 @@ def test_the_card_names_adapters_and_figures_need_a_training(micro, tmp_path):
     with pytest.raises(BundleError, match="says of no training by wmtp, so these figures cannot be its own; leave --metrics out"):
         export(micro.bundle, tmp_path / "out", metrics=tmp_path)
     shutil.copytree(micro.bundle, tmp_path / "bundle")
-    metadata["extra"] |= {"method": "rho1", "n_steps": 3, "lora": {"rank": 8, "alpha": 16, "targets": ["wq", "w2"]}}
+    metadata["extra"] |= {"stage": "warm_up", "n_steps": 3}
+    (tmp_path / "bundle/metadata.json").write_text(json.dumps(metadata))
+    export(tmp_path / "bundle", tmp_path / "out")
+    assert "| training | by wmtp's stage `warm_up`, 3 optimizer steps |" in (tmp_path / "out/README.md").read_text()
+    metadata["extra"] |= {"method": "rho1", "lora": {"rank": 8, "alpha": 16, "targets": ["wq", "w2"]}}
     (tmp_path / "bundle/metadata.json").write_text(json.dumps(metadata))
     export(tmp_path / "bundle", tmp_path / "out")
     assert "3 optimizer steps, of adapters (rank 8, alpha 16, on wq, w2) that are merged |" in (tmp_path / "out/README.md").read_text()
@@ -148,6 +152,10 @@ def test_numbers_that_the_other_type_has_not_are_refused(micro, tmp_path):
         export(tmp_path / "large", tmp_path / "out", "float16")
     assert not (tmp_path / "out").exists()
     export(tmp_path / "large", tmp_path / "out", "bfloat16")
+    tensors["norm.weight"][0] = torch.nan
+    write_bundle(tmp_path / "broken", args, tensors, (micro.bundle / "tokenizer.model").read_bytes(), source="", dropped=[], extra={})
+    with pytest.raises(BundleError, match=r"norm\.weight: holds numbers that are not finite; such a model is not exported"):
+        export(tmp_path / "broken", tmp_path / "again")
 
 
 def test_what_cannot_be_exported_is_one_line_and_leaves_nothing(micro, tmp_path):
@@ -161,7 +169,7 @@ def test_what_cannot_be_exported_is_one_line_and_leaves_nothing(micro, tmp_path)
     (tmp_path / "mine/thesis.txt").write_text("mine")
     for bundle, out, message in (
         (tmp_path / "nowhere", tmp_path / "out", "nowhere: no such folder, expected a bundle; correct the path"),
-        (micro.bundle, tmp_path / "mine/thesis.txt/out", "thesis.txt"),
+        (micro.bundle, tmp_path / "mine/thesis.txt/out", "Not a directory"),
         (tmp_path / "damaged", tmp_path / "out", "model.safetensors: SHA256"),
         (micro.bundle, tmp_path / "mine", "holds other files"),
     ):

@@ -230,6 +230,13 @@ def test_what_has_no_adapters_has_none_to_merge_and_adapters_are_not_saved_unmer
     assert not (tmp_path / "out").exists()
 
 
+def test_half_an_adapter_is_not_merged():
+    state = dict(adapted(random_model()).state_dict())
+    del state["layers.0.attention.wq" + lora.A]
+    with pytest.raises(lora.LoraError, match=r"layers\.0\.attention\.wq: expected both matrices of an adapter, found one"):
+        lora.merging(settings())(state)
+
+
 def test_a_merge_that_is_no_number_is_not_saved(micro, tmp_path):
     model = adapted(load_bundle(micro.bundle, dtype=torch.float32))
     for name, parameter in model.named_parameters():

@@ -216,6 +216,16 @@ def test_heads_that_are_not_built_are_not_left_out_in_silence(n_future):
         random_model()(random_tokens(GROUPED, 2, 6), n_future=n_future)
 
 
+def test_a_cache_without_room_for_a_head_is_refused():
+    model, tokens_BT = random_model(), random_tokens(GROUPED, 2, 6)
+    with pytest.raises(ValueError, match="cache: expected room for 3 heads, found 1; see new_cache"):
+        model(tokens_BT, cache=model.new_cache(2, 9))
+    assert (
+        model(tokens_BT, cache=model.new_cache(2, 9, 3)).shape[2] == 3
+        and model(tokens_BT, cache=model.new_cache(2, 9), n_future=1).shape[2] == 1
+    )
+
+
 def test_entropy_is_of_predictions_that_have_targets():
     with pytest.raises(ValueError, match="with_entropy: expected with targets"):
         random_model()(random_tokens(GROUPED, 2, 6), with_entropy=True)

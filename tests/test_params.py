@@ -127,7 +127,7 @@ def test_every_arm_of_the_preset_of_pairs_is_compared_with_the_uniform_arm_of_it
     whole = validate(merged(COMMITTED, yaml.safe_load((ROOT / "presets/pairs.yaml").read_text())))
     assert controls({arm: whole.methods[arm] for arm in whole.study.arms}) == {
         "baseline": None, "verifiable": "baseline", "constant_weighted": None, "verifiable_weighted": "constant_weighted",
-        "shuffled_weighted": "constant_weighted",
+        "shuffled_weighted": "constant_weighted", "random_matched_weighted": "constant_weighted",
         "verifiable_binary": "constant_weighted", "oracle_weighted": "constant_weighted",
         "uniform_shared": None, "verifiable_shared": "uniform_shared",
     }  # fmt: skip

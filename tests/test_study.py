@@ -120,14 +120,6 @@ def test_primary_contrasts_are_adjusted_among_themselves():
         assert [one.p_holm for one in table] == holm([one.p for one in table])
 
 
-def test_on_pairs_too_the_critics_weights_are_first_compared_with_uniform_and_shuffled_ones():
-    arms = ("constant_weighted", "verifiable_weighted", "shuffled_weighted", "oracle_weighted")
-    rows = contrasts(drawn(("baseline", "verifiable", *arms), 2), against("baseline", "verifiable") | against(*arms, control=arms[0]), 100)
-    found = {primary: [(one.arm, one.against) for one in rows if one.primary == primary] for primary in (True, False)}
-    assert found[True] == [("verifiable", "baseline"), ("verifiable_weighted", arms[0]), ("verifiable_weighted", "shuffled_weighted")]
-    assert found[False] == [("shuffled_weighted", arms[0]), ("oracle_weighted", arms[0])]
-
-
 def test_holms_adjustment_is_over_all_benchmarks_of_a_table():
     found = drawn()
     for results in found.values():

@@ -156,6 +156,22 @@ def test_the_oracle_emphasises_the_known_place(emphasis):
         oracle.token_weights(mask(), torch.full((len(SPANS), 2), -1), correct, **settings)
 
 
+def test_shuffled_weights_keep_what_a_program_weighs_and_resampled_ones_do_not():
+    """On pairs the mean weight of a program follows from its verdict: a control of the place alone, and one of both."""
+    response, correct = mask(((3, 12), (3, 12)), 14), torch.tensor([True, False])
+    values = torch.full((2, 14), 0.5)
+    values[0, 3:], values[1, 3:] = torch.linspace(0.5, 0.95, 11), torch.linspace(0.5, 0.05, 11)
+    arrays = {"signal_BT": values, "response_BT": response, "row_B": torch.tensor([0, 1]), "is_correct_B": correct}
+    means = {}
+    for name in ("verifiable", "shuffled", "random_matched"):
+        function, extra = METHODS[name].function(), {} if name == "verifiable" else {"seed": 1}
+        w = function(*(arrays[key] for key in array_names(function)), **SETTINGS, **extra)
+        means[name] = [float(row[valid].mean()) for row, valid in zip(w, response)]
+    assert means["verifiable"][0] > 1.3 > 0.7 > means["verifiable"][1]
+    assert means["shuffled"] == pytest.approx(means["verifiable"], rel=1e-6)
+    assert abs(means["random_matched"][0] - means["random_matched"][1]) < 0.5 * (means["verifiable"][0] - means["verifiable"][1])
+
+
 @pytest.mark.parametrize("emphasis", [0.5, 1.0, 5.0])
 @pytest.mark.parametrize("low", [0.0, 0.1])
 def test_the_oracle_learns_no_fault_of_an_incorrect_program(emphasis, low):
@@ -169,8 +185,13 @@ def test_the_oracle_learns_no_fault_of_an_incorrect_program(emphasis, low):
     # The rest: emphasis at a correct program's place, 1 elsewhere, times the one factor that makes the mean 1.
     others = {place: emphasis if decisive[place] else 1.0 for place in PLACES if place not in faults}
     factor = (len(PLACES) - low * len(faults)) / sum(others.values())
+    notes = {}
+    oracle.token_weights(mask(), span, right, policy_on_incorrect="weighted", notes=notes, **settings)
+    assert notes["at_clip_min"] == pytest.approx(len(faults) / len(PLACES))
     for place, u in others.items():
         assert float(found[place]) == pytest.approx(factor * u, rel=1e-6)
+    bounded = oracle.token_weights(mask(), span, right, policy_on_incorrect="weighted", **(settings | {"weight_clip_max": 1.2}))
+    assert float(bounded[mask()].mean()) == pytest.approx(1.0) and float(bounded.max()) <= 1.2 + 1e-6
     if emphasis != 1:
         assert not torch.equal(found, oracle.token_weights(mask(), span, right, policy_on_incorrect="value_only", **settings))
 

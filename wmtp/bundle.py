@@ -218,26 +218,25 @@ def write_shards(folder: Path, plan: dict[str, list[str]], shapes: Mapping, dtyp
                 found = f"{dtype_name(name, tensor)} {tuple(tensor.shape)}"
                 raise BundleError(f"{name}: expected {dtype} {shapes[name]}, found {found}")
             shard[name] = tensor.detach().contiguous()
-        save_shard(shard, folder / file)
+        save_tensors(shard, folder / file)
     if (more := next(stream, None)) is not None:
         raise BundleError(f"{more[0]}: unknown or repeated tensor after the last expected one; params: more layers than n_layers?")
 
 
-def save_shard(shard: "dict[str, Tensor]", file: Path, metadata: dict[str, str] | None = None) -> None:
-    """A safetensors file that its group and others may read; tied tensors get bytes of their own, in place."""
+def save_tensors(tensors: "dict[str, Tensor]", file: Path, metadata: dict[str, str] | None = None) -> None:
+    """A safetensors file that its group and others may read; tied tensors get bytes of their own, in place, as the format asks."""
     from safetensors.torch import save_file
 
-    _untie(shard)
-    save_file(shard, file, metadata)
+    _untie(tensors)
+    save_file(tensors, file, metadata)
     file.chmod(0o644)  # safetensors writes for its owner alone
 
 
-def _untie(shard: "dict[str, Tensor]") -> None:
-    """A file has an embedding and an output, equal or not."""
+def _untie(tensors: "dict[str, Tensor]") -> None:
     seen: set[int] = set()
-    for name, tensor in shard.items():
+    for name, tensor in tensors.items():
         if tensor.data_ptr() in seen:
-            shard[name] = tensor.clone()
+            tensors[name] = tensor.clone()
         seen.add(tensor.data_ptr())
 
 

@@ -96,8 +96,11 @@ def apply_table(source: Path, found: set[str], table: dict[str, str | None]) -> 
 
 def check_blocks(source: Path, args: ModelArgs, names: set[str]) -> None:
     """Meta counts extra heads as layers; a wrong count would otherwise be told as missing tensors, or as unknown ones."""
-    n_trunk, n_extra = (len({name.split(".")[1] for name in names if name.startswith(f"{part}.")}) for part in ("layers", "extra_heads"))
-    if (n_trunk, n_extra) != (args.n_trunk, args.n_future_tokens - 1):
+    found = [re.fullmatch(r"(layers|extra_heads)\.(\d+)\..+", name) for name in names]
+    trunk, extra = ({int(one[2]) for one in found if one and one[1] == part} for part in ("layers", "extra_heads"))
+    n_trunk, n_extra = len(trunk), len(extra)
+    whole = trunk == set(range(n_trunk)) != set() and extra == set(range(n_extra))  # else the names themselves are the fault
+    if whole and (n_trunk, n_extra) != (args.n_trunk, args.n_future_tokens - 1):
         raise BundleError(
             f"{source / 'params.json'}: n_layers {args.n_layers} and n_future_tokens {args.n_future_tokens}: expected {args.n_trunk} layers"
             f" and {args.n_future_tokens - 1} extra_heads, found {n_trunk} and {n_extra}, which is n_layers {n_trunk + n_extra} and"
@@ -140,6 +143,8 @@ def load_pickle(file: Path) -> Named:
     if not isinstance(state, dict):
         raise BundleError(f"{file}: expected tensors by name, found {type(state).__name__}")
     for name, value in state.items():
+        if not isinstance(name, str):
+            raise BundleError(f"{file}: expected tensors by name, found the key {name!r}")
         if not isinstance(value, Tensor):
             raise BundleError(f"{file}: {name}: expected a tensor, found {type(value).__name__}")
     return state

@@ -22,7 +22,7 @@ from wmtp.advantage import advantages_and_targets, check_starts, gae
 from wmtp.align import future_targets
 from wmtp.atomic import atomic_directory
 from wmtp.batches import Batch
-from wmtp.bundle import bundle_sha256, save_shard, write_bundle
+from wmtp.bundle import bundle_sha256, save_tensors, write_bundle
 from wmtp.checkpoint import full_state
 from wmtp.model import Transformer, load_bundle
 from wmtp.provenance import CARD, CriticError, read_card
@@ -103,7 +103,7 @@ def save_critic(
         write_bundle(
             folder / "trunk", critic.trunk.args, parts["trunk"], tokenizer, source="wmtp training", dropped=[], extra=extra
         )  # fmt: skip
-        save_shard(parts["value"], folder / "value_head.safetensors")
+        save_tensors(parts["value"], folder / "value_head.safetensors")
         (folder / CARD).write_text(json.dumps({"unit": critic.unit, **trained_on}, indent=1) + "\n")
         (folder / "gate.json").write_text(json.dumps(gate, indent=2) + "\n")
 

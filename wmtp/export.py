@@ -26,7 +26,7 @@ from wmtp.bundle import (
     read_json,
     read_metadata,
     read_tensors,
-    save_shard,
+    save_tensors,
     tensor_shapes,
     verify,
 )
@@ -68,7 +68,7 @@ def figures_of(metrics: str | Path, extra: dict[str, Any]) -> dict[str, dict]:
     if "n_steps" not in extra:
         raise BundleError(f"{metrics}: the model says of no training by wmtp, so these figures cannot be its own; leave --metrics out")
     figures = {name: read_json(Path(metrics) / name) for name in FILES}
-    for key, known in (("steps", extra.get("n_steps")), ("train_flops", extra.get("flops"))):
+    for key, known in (("steps", extra["n_steps"]), ("train_flops", extra.get("flops"))):
         if figures["train.json"].get(key) != known:
             raise BundleError(
                 f"{metrics}/train.json: {key}: expected {known} as the model says of itself, found {figures['train.json'].get(key)}"
@@ -132,8 +132,10 @@ def their_tensors(bundle: str | Path, args: ModelArgs, dtype: str) -> Iterator[t
 
 
 def _as(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    if not bool(tensor.isfinite().all()):
+        raise BundleError(f"{name}: holds numbers that are not finite; such a model is not exported")
     found = tensor.to(dtype)
-    if tensor.dtype != dtype and not bool(found.isfinite().all()):
+    if not bool(found.isfinite().all()):
         raise BundleError(f"{name}: holds numbers that are not finite in {str(dtype).removeprefix('torch.')}; take another --dtype")
     return found
 
@@ -147,7 +149,7 @@ def write_weights(folder: Path, bundle: str | Path, args: ModelArgs, dtype: str)
     plan, stream = plan_shards(shapes, dtype, SHARD_BYTES), their_tensors(bundle, args, dtype)
     for file, names in plan.items():
         shard = {name: tensor for _, (name, tensor) in zip(names, stream)}
-        save_shard(shard, folder / file, {"format": "pt"})
+        save_tensors(shard, folder / file, {"format": "pt"})
     if len(plan) > 1:
         places = {name: file for file, names in plan.items() for name in names}
         write_json(folder / INDEX, {"metadata": {"total_size": n_bytes}, "weight_map": places})
@@ -155,7 +157,10 @@ def write_weights(folder: Path, bundle: str | Path, args: ModelArgs, dtype: str)
 
 def card(path: Path, args: ModelArgs, metadata: dict, dtype: str, figures: dict[str, dict], tokenizer: FastTokenizer) -> str:
     extra = metadata["extra"]
-    trained = f"by wmtp's method `{extra['method']}`, {extra['n_steps']} optimizer steps" if "method" in extra else "no training by wmtp"
+    trained = "no training by wmtp"
+    if "n_steps" in extra:
+        what = f"method `{extra['method']}`" if "method" in extra else f"stage `{extra['stage']}`"
+        trained = f"by wmtp's {what}, {extra['n_steps']} optimizer steps"
     if lora := extra.get("lora"):
         trained += f", of adapters (rank {lora['rank']}, alpha {lora['alpha']:g}, on {', '.join(lora['targets'])}) that are merged"
     lines = [

@@ -12,12 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from wmtp.bundle import bundle_sha256, check_names, hash_files, open_shard, read_args, read_json, read_metadata, save_shard
+from wmtp.bundle import bundle_sha256, check_names, hash_files, open_shard, read_args, read_json, read_metadata, save_tensors
 from wmtp.growth import load_grown
 from wmtp.model import Transformer
 
 FOLDER, CONFIG, WEIGHTS = "adapter", "adapter_config.json", "adapter_model.safetensors"
 KEYS = ("rank", "alpha", "dropout", "targets")
+FACTS = {"rank": (int,), "alpha": (int, float), "dropout": (int, float), "targets": (list,), "sha256": (dict,)}  # in metadata.json
 ADAPTER = "default"  # peft's name of the only one
 PREFIX = "base_model.model."  # what peft puts before a parameter's name on disk
 BASE, A, B = ".base_layer.weight", f".lora_A.{ADAPTER}.weight", f".lora_B.{ADAPTER}.weight"
@@ -64,7 +65,10 @@ def _check_targets(model: nn.Module, rank: int, targets: Sequence[str]) -> None:
         if target not in smallest:
             raise LoraError(f"training.lora.targets: {target}: expected a linear layer of the model, one of {', '.join(smallest)}")
         if rank > smallest[target]:
-            raise LoraError(f"training.lora.rank: expected at most {smallest[target]}, the rank that {target} can have, found {rank}")
+            raise LoraError(
+                f"training.lora.rank: expected at most {smallest[target]}, the rank that {target} can have, found {rank};"
+                f" lower it, or leave {target} out"
+            )
 
 
 def _on_disk(name: str) -> str:
@@ -77,7 +81,7 @@ Merge = Callable[[dict[str, Tensor]], tuple[dict[str, Tensor], Callable[[Path], 
 def merging(settings: Any) -> Merge | None:
     """For checkpoint.save_model: from a whole state, which it empties, the merged weights and what writes the adapter beside them.
 
-    LoraError where the state's adapters are not those of `settings`.
+    LoraError where the state's adapters are not of the rank and on the targets of `settings`.
     """
     if settings is None:
         return None
@@ -93,6 +97,8 @@ def merging(settings: Any) -> Merge | None:
 def _check_adapters(state: dict[str, Tensor], settings: Any) -> None:
     """Another rank would merge at another scale, another list of targets would be written than was trained."""
     ranks = {name.removesuffix(A): len(tensor) for name, tensor in state.items() if name.endswith(A)}
+    if other := ranks.keys() ^ {name.removesuffix(B) for name in state if name.endswith(B)}:
+        raise LoraError(f"{min(other)}: expected both matrices of an adapter, found one")
     targets = sorted({place.rpartition(".")[2] for place in ranks})
     if targets != sorted(settings.targets) or set(ranks.values()) != {settings.rank}:
         raise LoraError(
@@ -126,7 +132,7 @@ def _config(facts: dict[str, Any]) -> dict[str, Any]:
 def _write(folder: Path, adapter: dict[str, Tensor], facts: dict[str, Any]) -> dict[str, Any]:
     """What the bundle's metadata tell of it."""
     folder.mkdir()
-    save_shard(adapter, folder / WEIGHTS, {"format": "pt"})
+    save_tensors(adapter, folder / WEIGHTS, {"format": "pt"})
     (folder / CONFIG).write_text(json.dumps(_config(facts), indent=2) + "\n")
     return {"lora": {**facts, "sha256": hash_files(folder, [CONFIG, WEIGHTS])}}
 
@@ -152,12 +158,9 @@ def load_adapted(start: str | Path, trained: str | Path, device: str | torch.dev
     return model
 
 
-FACTS = {"rank": int, "alpha": (int, float), "dropout": (int, float), "targets": list, "sha256": dict}
-
-
 def _check_facts(file: Path, facts: Any) -> dict[str, Any]:
     """metadata.json is the one file of a bundle that no hash guards."""
-    whole = isinstance(facts, dict) and set(facts) == set(FACTS) and all(isinstance(facts[key], kind) for key, kind in FACTS.items())
+    whole = isinstance(facts, dict) and set(facts) == set(FACTS) and all(type(facts[key]) in kinds for key, kinds in FACTS.items())
     if not whole or set(facts["sha256"]) != {CONFIG, WEIGHTS} or not all(isinstance(target, str) for target in facts["targets"]):
         raise LoraError(
             f"{file}: extra.lora: expected {', '.join(FACTS)} as a training writes them, found {facts!r}; train the model again"

@@ -173,6 +173,8 @@ class Transformer(nn.Module):
         n_future = self.n_future if n_future is None else n_future
         if not 1 <= n_future <= self.n_future:
             raise ValueError(f"n_future: expected 1..{self.n_future}, the heads that are built, found {n_future}")
+        if cache is not None and len(cache.blocks) < len(self.layers) + n_future - 1:
+            raise ValueError(f"cache: expected room for {n_future} heads, found {len(cache.blocks) - len(self.layers) + 1}; see new_cache")
         context = self._context(tokens_BT, cache, position_BT)
         caches = cache.blocks if cache else [None] * (len(self.layers) + n_future - 1)
         x_BTD = self.tok_embeddings(tokens_BT)

@@ -219,7 +219,7 @@ class Lora(Section):
     """Adapters (wmtp.lora): the policy's own weights stay as they are."""
 
     rank: Positive = Field(description="of the product B A beside each target")
-    alpha: Annotated[float, Field(gt=0)] = Field(description="the product counts alpha / rank")
+    alpha: Annotated[float, Field(gt=0, allow_inf_nan=False)] = Field(description="the product counts alpha / rank")
     dropout: Annotated[float, Field(ge=0, lt=1)] = Field(description="share of the adapters' inputs that is left out while training")
     targets: list[Literal["wq", "wk", "wv", "wo", "w1", "w2", "w3", "output"]] = Field(
         min_length=1, description="linear layers by Meta's names, in every block, extra heads included"

@@ -12,7 +12,7 @@ from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
 
 from wmtp.atomic import atomic_directory, one_line, require_space
-from wmtp.bundle import BundleError, ModelArgs, plan_shards, save_shard, tensor_shapes
+from wmtp.bundle import BundleError, ModelArgs, plan_shards, save_tensors, tensor_shapes
 
 META_SIZES = ("dim", "n_layers", "n_heads", "n_kv_heads", "n_future_tokens")
 META_KEYS = (*META_SIZES, "rope_theta", "norm_eps", "multiple_of", "ffn_dim_multiplier", "vocab_size")
@@ -139,7 +139,7 @@ def write_huggingface(folder: Path, args: ModelArgs, tensors: dict) -> None:
     total = sum(tensor.nbytes for tensor in tensors.values())
     shards = plan_shards(huggingface_shapes(args), "float16", total // 2)  # at least two, as large checkpoints have
     for file, names in shards.items():
-        save_shard({name: tensors[name] for name in names}, folder / file, {"format": "pt"})
+        save_tensors({name: tensors[name] for name in names}, folder / file, {"format": "pt"})
     places = {name: file for file, names in shards.items() for name in names}
     index = {"metadata": {"total_size": total}, "weight_map": places}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")

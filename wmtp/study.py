@@ -31,14 +31,7 @@ from wmtp.compare import (
 
 MEASURE = "pass@1"
 ROW_KEYS = ("steps", "tokens", "parameters", "trained_parameters", "grown_heads", "train_flops", "total_flops")
-PRIMARY = (
-    ("verifiable", "baseline"),
-    ("verifiable", "shuffled"),
-    ("verifiable", "position_only"),
-    # On pairs of a correct and an incorrect program (presets/pairs.yaml).
-    ("verifiable_weighted", "constant_weighted"),
-    ("verifiable_weighted", "shuffled_weighted"),
-)
+PRIMARY = (("verifiable", "baseline"), ("verifiable", "shuffled"), ("verifiable", "position_only"))
 
 
 @dataclass(frozen=True)

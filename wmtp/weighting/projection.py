@@ -46,4 +46,5 @@ def concentration(w: Tensor, valid: Tensor) -> Tensor:
 def shares_at_bounds(w: Tensor, valid: Tensor, lo: float, hi: float) -> dict[str, float]:
     """Shares of the valid entries of projected float64 weights that lie on a bound: numbers for the log."""
     n = valid.sum().clamp(min=1)
-    return {"at_clip_min": float(((w <= lo) & valid).sum() / n), "at_clip_max": float(((w >= hi) & valid).sum() / n)}
+    # What u = 0 becomes is a little above lo = 0.
+    return {"at_clip_min": float(((w <= lo + 1e-12) & valid).sum() / n), "at_clip_max": float(((w >= hi) & valid).sum() / n)}
