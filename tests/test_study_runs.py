@@ -100,6 +100,7 @@ def outputs(folder: Path, stages: dict[str, dict]) -> dict[Path, int]:
         pytest.param(signal.SIGINT, True, 1, "1", id="Ctrl-C"),
         pytest.param(signal.SIGINT, True, 2, "12", id="Ctrl-C, two side by side", marks=pytest.mark.stress),
         pytest.param(signal.SIGINT, False, 2, "12", id="SIGINT to it alone", marks=pytest.mark.stress),
+        pytest.param(signal.SIGTERM, False, 2, "12", id="SIGTERM to it alone", marks=pytest.mark.stress),
         pytest.param(signal.SIGKILL, True, 2, "12", id="kill -9", marks=pytest.mark.stress),
     ],
 )
@@ -115,7 +116,7 @@ def test_an_interrupted_study_goes_on_without_training_again_and_ends_as_a_whole
         until_some_compute_and_one_is_done(folder, started, cells, jobs)
     finally:
         (os.killpg if whole_group else os.kill)(started.pid, how)
-    assert started.wait(timeout=120) == (130 if how == signal.SIGINT else -how)
+    assert started.wait(timeout=120) == (-how if how == signal.SIGKILL else 130)
     assert "Traceback" not in (tmp_path / "stderr").read_text()
     deadline = time.monotonic() + 30
     while alive := processes_in(folder, b"stages."):
