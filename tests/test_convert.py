@@ -331,6 +331,27 @@ def test_a_truncated_checkpoint(tmp_path, meta, keep):
     fails(meta[0], tmp_path, r"consolidated.pth: not a whole torch file: .*; copy or download it again")
 
 
+def test_a_checkpoint_of_the_old_form_is_told_from_a_cut_one(tmp_path, meta):
+    torch.save(meta[1], meta[0] / "consolidated.pth", _use_new_zipfile_serialization=False)
+    fails(meta[0], tmp_path, r"consolidated.pth: in torch's form of before 1.6, which cannot be mapped; load it and torch.save it again")
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda tensor: tensor.to_sparse(), "norm.weight: expected a dense tensor, found sparse_coo"),
+        (lambda tensor: tensor.to("meta"), r"norm.weight: expected a dense tensor, found no numbers \(meta\)"),
+    ],
+)
+def test_tensors_that_are_not_dense(tmp_path, meta, change, said):
+    torch.save(meta[1] | {"norm.weight": change(meta[1]["norm.weight"])}, meta[0] / "consolidated.pth")
+    fails(meta[0], tmp_path, said)
+
+
+def test_a_config_that_is_no_mapping(tmp_path, tokenizer):
+    fails(write_huggingface(tmp_path / "hub", {}, tokenizer, config=[]), tmp_path, "config.json: expected a mapping, found list")
+
+
 def test_missing_files_and_mixed_layouts(tmp_path, meta):
     folder = meta[0]
     (folder / "config.json").write_text("{}")
@@ -456,8 +477,13 @@ def test_tied_embeddings_are_stored_twice(tmp_path, tokenizer):
         ({"attention_bias": True}, "attention_bias: expected False, found True"),
         ({"mlp_bias": True}, "mlp_bias"),
         ({"quantization_config": {"bits": 4}}, "quantization_config"),
-        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_type: expected default, found linear"),
-        ({"rope_parameters": {"rope_theta": 1e6, "rope_type": "llama3"}}, "rope_type: expected default, found llama3"),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling: expected the type default, found linear"),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": 5e3}, "rope_scaling": {"type": "dynamic"}}, "found dynamic"),
+        ({"rope_parameters": {"rope_theta": 7e5}}, r"rope_theta 5000.0 and rope_parameters.rope_theta 700000.0 disagree"),
+        ({"rope_scaling": "x"}, "rope_scaling: expected a mapping, found 'x'"),
+        ({"hidden_size": None}, "hidden_size: expected a positive integer, found None"),
+        ({"num_attention_heads": 0}, "num_attention_heads: expected a positive integer, found 0"),
+        ({"rope_parameters": {"rope_theta": 1e6, "rope_type": "llama3"}}, "rope_parameters: expected the type default, found llama3"),
         ({"head_dim": 16}, "head_dim: expected hidden_size / num_attention_heads, found 16"),
         ({"rms_norm_eps": None}, "rms_norm_eps|norm_eps"),
         ({"hidden_size": 30}, "config.json: params: dim 30"),
@@ -504,10 +530,13 @@ def test_shards_and_index_must_agree(tmp_path, tokenizer, suffix):
         (good | {"model.more": second}, "missing tensor model.more"),
         (good | {moved: f"{stem}-00004-of-00003.{suffix}"}, f"{stem}-00004-of-00003.{suffix}: missing|tensor {moved}"),
         (good | {moved: "../secret.safetensors"}, "weight_map: expected tensor names to file names"),
+        (good | {moved: ".."}, "weight_map: expected tensor names to file names"),
         (None, "weight_map: expected tensor names to file names"),
     ):
         index.write_text(json.dumps({"weight_map": places}))
         fails(source, tmp_path, said)
+    index.write_text("[]")
+    fails(source, tmp_path, "weight_map: expected tensor names to file names")
     index.write_text(json.dumps({"weight_map": good}))
     content = (source / second).read_bytes()
     (source / second).write_bytes(content[: len(content) // 2])

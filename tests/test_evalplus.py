@@ -4,6 +4,7 @@ import copy
 import gzip
 import json
 import math
+import pathlib
 
 import numpy as np
 import pytest
@@ -105,6 +106,26 @@ def test_inputs_without_an_answer_are_left_out_and_counted(tmp_path):
     for problem in (suites.base["HumanEval/0"], suites.plus["HumanEval/0"]):
         made = judge([(problem, "def first(xs): return 7"), (problem, "def first(xs): return 8")], Limits(), 1)
         assert [one.verdict for one in made] == ["pass", "fail"]
+
+
+@pytest.mark.parametrize("suite", ["base_input", "plus_input"])
+def test_a_reference_that_answers_nothing_would_let_any_program_pass_and_is_refused(tmp_path, suite):
+    row = {
+        **ROWS[0],
+        "canonical_solution": "    if xs == [1]: raise ValueError\n    return 7\n",
+        "base_input": [[[0]]],
+        "plus_input": [[[4]]],
+    }
+    with pytest.raises(RecordError, match=rf"HumanEval/0: {suite}: the reference answers none of 2 inputs, so any program would pass"):
+        read_suites(lines(tmp_path / "p.jsonl", [row | {suite: [[[1]], [[1]]]}]), Limits(), tmp_path)
+
+
+def test_a_user_without_a_home_has_no_cache(monkeypatch):
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr("os.path.expanduser", lambda path: path)
+    assert evalplus.cache_directory() == pathlib.Path("/dev/null/wmtp/evalplus")
+    monkeypatch.setenv("XDG_CACHE_HOME", "/somewhere")
+    assert evalplus.cache_directory() == pathlib.Path("/somewhere/wmtp/evalplus")
 
 
 @pytest.mark.parametrize(

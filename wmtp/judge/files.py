@@ -34,20 +34,23 @@ def is_evalplus(path: str | Path) -> bool:
 
 def read_problems(path: str | Path) -> dict[str, Problem]:
     """By task_id; .json is sanitized MBPP's one array, and of .jsonl or .jsonl.gz the first line shows which form it is."""
-    if str(path).endswith(".json"):
-        return {problem.task_id: problem for problem in read_sanitized_mbpp(path)}
-    first = next(iter(read_lines(path)), None)
-    if first is None:
-        raise RecordError(f"{path}: no problems there, expected one JSON object a line")
-    fields = _object(*first, path)
-    if {"prompt", "entry_point", "test"} <= fields.keys():
+    is_array = str(path).endswith(".json")
+    first = None if is_array else next(iter(read_lines(path)), None)
+    fields = _object(*first, path) if first else {}
+    if is_array:
+        problems = read_sanitized_mbpp(path)
+    elif {"prompt", "entry_point", "test"} <= fields.keys():
         problems = read_humaneval(path)
     elif {"text", "code", "test_list"} <= fields.keys():
         problems = read_mbpp(path)
     elif {"statement", "tests"} <= fields.keys():
         problems = list(read_jsonl(path, Problem))
-    else:
+    elif first:
         raise RecordError(f"{path}:{first[0]}: fields {', '.join(fields)}; expected {FORMATS}")
+    else:
+        problems = []
+    if not problems:
+        raise RecordError(f"{path}: no problems there, expected {'some in its array' if is_array else 'one JSON object a line'}")
     twice = [task_id for task_id, n in Counter(problem.task_id for problem in problems).items() if n > 1]
     if twice:
         raise RecordError(f"{path}: task_id {twice[0]!r} occurs twice, expected once")
@@ -65,7 +68,10 @@ def read_samples(path: str | Path, problems: Mapping[str, Problem], protocol: Pr
     for number, line in read_lines(path):
         where, fields = f"{path}:{number}", _object(number, line, path)
         task_id, texts = fields.get("task_id"), [key for key in ("completion", "solution") if isinstance(fields.get(key), str)]
-        if not isinstance(task_id, str) or len(texts) != 1:
+        if not isinstance(task_id, str):
+            example = repr(next(iter(problems)))
+            raise RecordError(f"{where}: task_id: expected text such as {example}, found {task_id!r}")
+        if len(texts) != 1:
             raise RecordError(f"{where}: fields {', '.join(fields)}; expected task_id and one of completion and solution, as text")
         if task_id not in problems:
             raise RecordError(f"{where}: task_id: {task_id!r} is none of the {len(problems)} problems, {next(iter(problems))!r} for one")
@@ -92,6 +98,8 @@ def left_out(samples: Sequence[Sample], ks: Sequence[int]) -> list[int]:
 def _object(number: int, line: str, path: str | Path) -> dict[str, Any]:
     try:
         found = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise RecordError(f"{path}:{number}: not JSON: {error.msg} at character {error.pos + 1}") from None
     except (ValueError, RecursionError) as error:
         raise RecordError(f"{path}:{number}: not JSON: {error}") from None
     if not isinstance(found, dict):
