@@ -119,8 +119,8 @@ def run_ranks(module: str, function: str, *arguments: object, size: int = 2, sec
 
 # Minutes each: begun last, one of them would run alone.
 LONGEST = (
-    "test_pipeline_runs", "test_judge", "test_pipeline", "test_study_runs", "test_pipeline_inputs", "test_weighting_split",
-    "test_weighting_lagged", "test_train", "test_full_disk",
+    "test_pipeline_queue", "test_pipeline_runs", "test_pipeline", "test_study_runs", "test_pipeline_inputs", "test_judge",
+    "test_weighting_split", "test_weighting_lagged", "test_train", "test_full_disk",
 )  # fmt: skip
 
 
