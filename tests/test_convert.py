@@ -348,6 +348,12 @@ def test_tensors_that_are_not_dense(tmp_path, meta, change, said):
     fails(meta[0], tmp_path, said)
 
 
+def test_a_folder_in_place_of_a_shard(tmp_path, meta):
+    (meta[0] / "consolidated.pth").unlink()
+    (meta[0] / "consolidated.pth").mkdir()
+    fails(meta[0], tmp_path, r"consolidated\.pth: not a whole torch file: ")
+
+
 def test_a_config_that_is_no_mapping(tmp_path, tokenizer):
     fails(write_huggingface(tmp_path / "hub", {}, tokenizer, config=[]), tmp_path, "config.json: expected a mapping, found list")
 

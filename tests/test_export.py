@@ -121,7 +121,7 @@ def test_the_card_says_what_the_model_is_and_what_it_scored(micro, tmp_path):
     assert done.returncode == 0 and "a LlamaForCausalLM with its tokenizer" in done.stdout, done.stderr
     shutil.copytree(metrics, tmp_path / "verifiable")
     other = command(tmp_path / "bundle", tmp_path / "other", "--metrics", tmp_path / "verifiable")
-    assert other.returncode == 1 and "--metrics: expected the folder of the model's method, rho1, found verifiable" in other.stderr
+    assert other.returncode == 1 and "--metrics: expected a folder named rho1, as the model's method, found verifiable" in other.stderr
     card = (tmp_path / "out/README.md").read_text()
     for line in (
         "# bundle",

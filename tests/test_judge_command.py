@@ -182,6 +182,8 @@ def test_broken_json_and_absent_files_are_one_line(tmp_path):
     assert done.returncode == 1 and told in done.stderr and done.stderr.count("\n") == 1
     done = command(problems, tmp_path / "absent.jsonl", "--out", tmp_path / "v.jsonl")
     assert done.returncode == 1 and done.stderr == f"judge: {tmp_path / 'absent.jsonl'}: no such file\n"
+    done = command(tmp_path, drawn, "--out", tmp_path / "v.jsonl")
+    assert done.returncode == 1 and done.stderr == f"judge: {tmp_path}: is a folder, expected a file\n"
     assert command(problems).returncode == 2 and command(problems, drawn, "--out", "v", "--workers", "0").returncode == 2
 
 
@@ -200,11 +202,11 @@ def test_ks_of_which_none_can_be_estimated_are_no_success(tmp_path):
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        (["--timeout", "nan"], "--timeout: expected 0.1 to 86400 seconds, found nan"),
-        (["--timeout", "inf"], "--timeout: expected 0.1 to 86400 seconds, found inf"),
+        (["--timeout", "nan"], "--timeout: expected 0.01 to 86400 seconds, found nan"),
+        (["--timeout", "inf"], "--timeout: expected 0.01 to 86400 seconds, found inf"),
         (["--timeout", "0.001"], "--timeout: expected"),
-        (["--memory", "8"], "--memory: expected 64 to 1048576 MiB, found 8"),
-        (["--memory", "9" * 20], "--memory: expected 64"),
+        (["--memory", "8"], "--memory: expected 32 to 1048576 MiB, found 8"),
+        (["--memory", "9" * 20], "--memory: expected 32"),
         (["--self-check"], "--self-check takes PROBLEMS alone"),
     ],
 )
@@ -216,9 +218,12 @@ def test_limits_under_which_nothing_can_run_are_refused(tmp_path, flags, said):
 def test_verdicts_never_replace_what_is_judged(tmp_path):
     problems, drawn = lines(tmp_path / "p.jsonl", PROBLEMS), lines(tmp_path / "s.jsonl", samples())
     before = problems.read_bytes(), drawn.read_bytes()
-    for out in (problems, tmp_path / "." / "s.jsonl"):
+    for judged, out in ((problems, problems), (drawn, tmp_path / "." / "s.jsonl")):
         done = command(problems, drawn, "--out", out)
-        assert done.returncode == 1 and done.stderr == f"judge: --out: {out} is what is judged, and would be lost; give it another name\n"
+        assert (
+            done.returncode == 1
+            and done.stderr == f"judge: --out: {out} is the same file as {judged}, which is judged; give it another name\n"
+        )
     assert (problems.read_bytes(), drawn.read_bytes()) == before
 
 
@@ -237,13 +242,27 @@ def test_a_judge_that_is_asked_to_end_leaves_nothing_behind(tmp_path, number):
     variables = os.environ | {"PYTHONPATH": str(ROOT), "TMPDIR": str(scratch)}
     arguments = [problems, drawn, "--out", tmp_path / "v.jsonl", "--timeout", 60]
     started = subprocess.Popen([sys.executable, "-m", "wmtp.judge", *map(str, arguments)], env=variables, cwd=ROOT, stderr=subprocess.PIPE)
-    deadline = time.monotonic() + 60
-    while not list(scratch.glob("wmtp-judge-*/wmtp-judge-*")):
-        assert time.monotonic() < deadline and started.poll() is None
-        time.sleep(0.05)
-    started.send_signal(number)
-    assert started.wait(timeout=30) == (130 if number == signal.SIGINT else 128 + number) and b"Traceback" not in started.stderr.read()
+    try:
+        deadline = time.monotonic() + 60
+        while not list(scratch.glob("wmtp-judge-*/wmtp-judge-*")):
+            assert time.monotonic() < deadline and started.poll() is None
+            time.sleep(0.05)
+        started.send_signal(number)
+        assert started.wait(timeout=30) == (130 if number == signal.SIGINT else 128 + number)
+        assert b"Traceback" not in started.stderr.read()
+    finally:
+        started.kill()
     assert not list(scratch.iterdir()) and not (tmp_path / "v.jsonl").exists()
+
+
+def test_nohup_holds(tmp_path):
+    problems, drawn = lines(tmp_path / "p.jsonl", PROBLEMS), lines(tmp_path / "s.jsonl", samples())
+    hangs_up = "import os, signal, sys; signal.signal(signal.SIGHUP, signal.SIG_IGN); from wmtp.judge import __main__ as command"
+    hangs_up += "; run = command.run; command.run = lambda *given: (os.kill(os.getpid(), signal.SIGHUP), run(*given))[1]"
+    arguments = [str(problems), str(drawn), "--out", str(tmp_path / "v.jsonl"), "--k", "1"]
+    code = f"{hangs_up}; sys.argv[1:] = {arguments}; sys.exit(command.main())"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and (tmp_path / "v.jsonl").exists(), done.stderr
 
 
 def test_verdicts_that_cannot_be_written_are_one_line(tmp_path):

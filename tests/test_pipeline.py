@@ -92,8 +92,10 @@ def test_editing_one_method_runs_that_method_again(finished):
 def test_metrics_diff_between_two_methods(finished):
     shown = run(finished, "launch/diff-methods", "baseline", "ntp").stdout
     assert "metrics/selected.json" in shown and "training.parameters" in shown
-    failed = run(finished, "launch/diff-methods", "baseline", "npt", check=False)
-    assert failed.returncode == 1 and failed.stderr == "diff-methods: npt: no metrics/npt/eval.json; train and evaluate it first\n"
+    for name in ("npt", "start"):
+        failed = run(finished, "launch/diff-methods", "baseline", name, check=False)
+        assert failed.returncode == 1
+        assert failed.stderr == f"diff-methods: {name}: no metrics/{name}/train.json; expected a method that was trained\n"
 
 
 def test_plots_are_defined_on_columns_that_exist(finished):

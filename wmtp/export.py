@@ -5,6 +5,7 @@ Extra heads are left out: a LlamaForCausalLM has no place for them. Names and ro
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -71,9 +72,9 @@ def figures_of(metrics: str | Path, extra: dict[str, Any]) -> dict[str, dict]:
     """
     if "n_steps" not in extra:
         raise BundleError(f"{metrics}: the model says of no training by wmtp, so these figures cannot be its own; leave --metrics out")
-    name, method = Path(metrics).resolve().name, extra.get("method")
+    name, method = Path(os.path.abspath(metrics)).name, extra.get("method")
     if method is not None and name != method and not name.startswith(f"{method}-"):
-        raise BundleError(f"{metrics}: --metrics: expected the folder of the model's method, {method}, found {name}")
+        raise BundleError(f"{metrics}: --metrics: expected a folder named {method}, as the model's method, found {name}")
     figures = {name: read_json(Path(metrics) / name) for name in FILES}
     for key, known in (("steps", extra["n_steps"]), ("train_flops", extra.get("flops"))):
         if figures["train.json"].get(key) != known:
@@ -166,7 +167,7 @@ def card(path: Path, args: ModelArgs, metadata: dict, dtype: str, figures: dict[
     extra = metadata["extra"]
     trained = "no training by wmtp"
     if "n_steps" in extra:
-        what = f"method `{extra['method']}`" if "method" in extra else f"stage `{extra.get('stage')}`"
+        what = f"method `{extra['method']}`" if "method" in extra else f"stage `{extra.get('stage', 'unknown')}`"
         trained = f"by wmtp's {what}, {extra['n_steps']} optimizer steps"
     if lora := extra.get("lora"):
         trained += f", of adapters (rank {lora['rank']}, alpha {lora['alpha']:g}, on {', '.join(lora['targets'])}) that are merged"

@@ -21,9 +21,10 @@ from wmtp.protocols import PROTOCOLS
 from wmtp.records import Problem, Verdict, atomic_path
 from wmtp.sandbox import HarnessError
 
-# Below these an interpreter does not start; a timer of the system ends somewhere above.
-LEAST_SECONDS, MOST_SECONDS = 0.1, 86_400
-LEAST_MIB, MOST_MIB = 64, 1 << 20
+ENDINGS = (signal.SIGTERM, signal.SIGHUP)
+# A sample that has done nothing yet has used a few ms and some 30 MiB; a timer of the system ends somewhere above the most.
+LEAST_SECONDS, MOST_SECONDS = 0.01, 86_400
+LEAST_MIB, MOST_MIB = 32, 1 << 20
 
 
 def arguments() -> argparse.Namespace:
@@ -63,8 +64,9 @@ def main() -> int:
     """0: judged; 1: a file or argument that cannot be used, no k to estimate, or a failed self-check; 2: the judge failed on a sample."""
     given = arguments()
     limits = Limits(cpu_seconds=given.timeout, wall_seconds=max(10.0, 3 * given.timeout), memory_mb=given.memory)
-    for ending in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(ending, stop)  # an exception, so that scratch directories go
+    for ending in ENDINGS:
+        if signal.getsignal(ending) is not signal.SIG_IGN:  # as nohup leaves SIGHUP
+            signal.signal(ending, stop)  # an exception, so that scratch directories go
     try:
         ks = parsed(given.k)
         require_strong(given.accept_weak_sandbox, "give --accept-weak-sandbox")
@@ -77,6 +79,8 @@ def main() -> int:
 
 
 def stop(number: int, _: object) -> None:
+    for ending in (*ENDINGS, signal.SIGINT):  # nothing disturbs the way out
+        signal.signal(ending, signal.SIG_IGN)
     sys.exit(128 + number)
 
 
@@ -122,7 +126,7 @@ def run(given: argparse.Namespace, ks: Sequence[int], limits: Limits) -> int:
     for source in (given.problems, given.samples):
         must_be_file(source)
         if given.out.exists() and given.out.samefile(source):
-            raise ValueError(f"--out: {given.out} is what is judged, and would be lost; give it another name")
+            raise ValueError(f"--out: {given.out} is the same file as {source}, which is judged; give it another name")
     suites = suites_of(given.problems, limits)
     samples = read_samples(given.samples, suites.base, PROTOCOLS[given.protocol] if given.protocol else None)
     few = left_out(samples, ks)

@@ -112,7 +112,7 @@ def add(suites: Suites, line: EvalPlusLine, found: dict, limits: Limits) -> None
         if cases and all(answer is None for _, answer in cases):
             raise RecordError(
                 f"{line.task_id}: {name}: the reference answers none of {len(cases)} inputs, so any program would pass; mend or remove"
-                " the problem"
+                " the problem, or give it more --memory"
             )
         payload = {"atol": line.atol, "oracle": oracle_of(line), "cases": [case for case in cases if case[1] is not None]}
         test = f"from wmtp.agreement import checker\ncheck = checker({json.dumps(payload)!r})\n"
@@ -151,6 +151,8 @@ def answers(line: EvalPlusLine, references: "References", cache: Path) -> dict:
         if len(found["answers"]) == len(line.base_input) + len(line.plus_input) and found["cpu"] >= 0 <= found["wall"]:
             return found
     found = references.run(line)
+    if all(one is None for one in found["answers"]):  # of a reference that was killed too; asked again, it may answer
+        return found
     with contextlib.suppress(OSError):  # a cache that cannot be written costs time, no more
         cache.mkdir(parents=True, exist_ok=True, mode=0o700)
         with atomic_path(place) as temporary:
