@@ -117,7 +117,8 @@ def test_a_reference_that_answers_nothing_would_let_any_program_pass_and_is_refu
         "plus_input": [[[4]]],
     }
     with pytest.raises(RecordError, match=rf"HumanEval/0: {suite}: the reference answers none of 2 inputs, so any program would pass"):
-        read_suites(lines(tmp_path / "p.jsonl", [row | {suite: [[[1]], [[1]]]}]), Limits(), tmp_path)
+        read_suites(lines(tmp_path / "p.jsonl", [row | {suite: [[[1]], [[1]]]}]), Limits(), tmp_path / "cache")
+    assert not (tmp_path / "cache").exists(), "a reference that was killed may answer when it is asked again"
 
 
 def test_a_user_without_a_home_has_no_cache(monkeypatch):

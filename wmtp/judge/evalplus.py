@@ -108,12 +108,12 @@ def read_suites(path: str | Path, limits: Limits, cache: Path | None = None) -> 
 def add(suites: Suites, line: EvalPlusLine, found: dict, limits: Limits) -> None:
     kept = [(given, one) for given, one in zip(forms(line), found["answers"], strict=True)]
     n_base = len(line.base_input)
-    for name, suite, cases in (("base_input", suites.base, kept[:n_base]), ("plus_input", suites.plus, kept[n_base:])):
-        if cases and all(answer is None for _, answer in cases):
-            raise RecordError(
-                f"{line.task_id}: {name}: the reference answers none of {len(cases)} inputs, so any program would pass; mend or remove"
-                " the problem, or give it more --memory"
-            )
+    if name := unanswered(line, found["answers"]):
+        raise RecordError(
+            f"{line.task_id}: {name}: the reference answers none of {len(getattr(line, name))} inputs, so any program would pass; mend or"
+            " remove the problem, or give it more --memory"
+        )
+    for suite, cases in ((suites.base, kept[:n_base]), (suites.plus, kept[n_base:])):
         payload = {"atol": line.atol, "oracle": oracle_of(line), "cases": [case for case in cases if case[1] is not None]}
         test = f"from wmtp.agreement import checker\ncheck = checker({json.dumps(payload)!r})\n"
         suite[line.task_id] = Problem(
@@ -130,6 +130,13 @@ def add(suites: Suites, line: EvalPlusLine, found: dict, limits: Limits) -> None
     cpu = min(MOST_SECONDS, max(FLOOR_SECONDS, limits.cpu_seconds, math.ceil(FACTOR * found["cpu"])))
     wall = max(limits.wall_seconds, 3 * cpu, math.ceil(FACTOR * found["wall"]))
     suites.limits[line.task_id] = Limits(cpu, wall, limits.memory_mb, limits.output_bytes)
+
+
+def unanswered(line: EvalPlusLine, answers: Sequence[object]) -> str | None:
+    """The field whose inputs have no answer at all."""
+    n_base = len(line.base_input)
+    suites = {"base_input": answers[:n_base], "plus_input": answers[n_base:]}
+    return next((name for name, found in suites.items() if found and all(one is None for one in found)), None)
 
 
 def forms(line: EvalPlusLine) -> list:
@@ -151,7 +158,7 @@ def answers(line: EvalPlusLine, references: "References", cache: Path) -> dict:
         if len(found["answers"]) == len(line.base_input) + len(line.plus_input) and found["cpu"] >= 0 <= found["wall"]:
             return found
     found = references.run(line)
-    if all(one is None for one in found["answers"]):  # of a reference that was killed too; asked again, it may answer
+    if unanswered(line, found["answers"]):  # also what a reference leaves that was killed; asked again, it may answer
         return found
     with contextlib.suppress(OSError):  # a cache that cannot be written costs time, no more
         cache.mkdir(parents=True, exist_ok=True, mode=0o700)
