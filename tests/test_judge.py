@@ -414,6 +414,30 @@ def test_right_standalone_programs_pass(program):
 
 
 @pytest.mark.slow
+def test_line_ends_reach_a_program_as_they_reach_an_interpreter():
+    task = problem(StdioTests(inputs=["a\r\nb"], outputs=["'a\\r\\nb'"], checker="exact"))
+    assert outcome(task, "import sys\nprint(repr(sys.stdin.read()))").verdict == "pass"
+
+
+def test_verdicts_that_say_the_same_are_one_object():
+    made = judge([(task, f"{RIGHT}# {number}\n") for number in range(3) for task in FUNCTIONS.values()], LIMITS, 1)
+    assert len({id(each) for each in made}) == len(set(made)) == len(FUNCTIONS)
+
+
+def test_each_worker_keeps_to_a_cpu_where_there_is_one_for_each():
+    ours = sorted(os.sched_getaffinity(0))
+    task = problem(CallTests(calls=["cpus()"], expected=["none"]))
+    program = "import os, time\ndef cpus():\n    time.sleep(0.2)\n    return sorted(os.sched_getaffinity(0))\n"
+
+    def seen(workers):
+        made = judge([(task, f"{program}# {number}") for number in range(2 * workers)], LIMITS, workers)
+        return {each.detail.rpartition("found ")[2] for each in made}
+
+    assert seen(len(ours)) == {f"[{cpu}]" for cpu in ours}
+    assert seen(len(ours) + 1) == {str(ours)}
+
+
+@pytest.mark.slow
 def test_what_a_replaced_stream_held_comes_before_what_its_successor_got():
     task = problem(StdioTests(inputs=["5 7\n"], outputs=["12\n"], checker="exact"))
     program = """
@@ -496,7 +520,7 @@ def test_answers_that_make_comparing_endless_cost_the_program_its_verdict():
     limits = Limits(cpu_seconds=0.2, wall_seconds=0.3)
     jobs = judging._jobs([(task, f"def f(): return {value}") for value in ("0", "1", "False")], False)
     made = judging._run(jobs, limits, 1, lambda _: None)
-    assert [each["verdict"] for each in made] == ["pass", "timeout", "pass"], "the next referee is told the problem anew"
+    assert [each.verdict for each in made] == ["pass", "timeout", "pass"], "the next referee is told the problem anew"
 
 
 def test_details_of_hostile_programs_stay_one_printable_line():
@@ -752,4 +776,4 @@ def test_waiting_for_a_processor_is_not_held_against_a_program():
     work = "import time\nstart = time.process_time()\nwhile time.process_time() - start < 0.5: pass\n"
     jobs = judging._jobs([(ASSERTS, f"{work}# {i}\n{RIGHT}") for i in range(16)], False)
     made = judging._run(jobs, Limits(cpu_seconds=2.0, wall_seconds=2.0), 16, lambda _: None)
-    assert {each["verdict"] for each in made} == {"pass"}
+    assert {each.verdict for each in made} == {"pass"}

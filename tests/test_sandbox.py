@@ -5,8 +5,11 @@ import contextlib
 import dataclasses
 import errno
 import os
+import shutil
 import socket
 import struct
+import subprocess
+import sys
 import tempfile
 import time
 from decimal import Decimal
@@ -340,7 +343,7 @@ def test_nothing_of_the_host_reaches_the_program(monkeypatch):
     monkeypatch.setenv("WMTP_SECRET", "token")
     program = """
 import os, sys
-assert not [name for name in os.environ if "SECRET" in name or name.startswith("PYTHON")], os.environ
+assert not [name for name in os.environ if "SECRET" in name or name.startswith(("PYTHON", "LD_"))], os.environ
 assert os.listdir(".") == [], os.listdir(".")
 assert not any("site-packages" in path for path in sys.path), sys.path
 held = []
@@ -404,12 +407,18 @@ ACTS = {
     "read memory": ("def act(): check(libc.syscall(310, {pid}, 0, 0, 0, 0, 0))", SHARED),
     "change limits": ("import resource\ndef act(): resource.prlimit({pid}, resource.RLIMIT_NOFILE, (9, 9))", SHARED),
     "new namespace": ("def act(): check(libc.unshare(0x10000000))", SHARED),
+    "clone into one": ("def act(): check(libc.syscall(56, 0x10000011, 0, 0, 0, 0))", SHARED),
     "own limits": ("import resource\ndef act(): resource.setrlimit(resource.RLIMIT_AS, (1 << 40, 1 << 40))", confine.TIERS),
     "become root": ("import os\ndef act():\n    os.setresuid(0, 0, 0)", confine.TIERS),
     "read a file": ("def act(): open({canary!r}).read()", FILES),
     "write a file": ("def act(): open({canary!r}, 'a').write('x')", FILES),
     "delete a file": ("import os\ndef act(): os.remove({canary!r})", FILES),
     "plant a file": ("def act(): open({canary!r} + '2', 'w').write('x')", FILES),
+    "shared memory": ("def act(): check(libc.shmget(4242, 4096, 0o1666))", SHARED),
+    "shared memory by number": ("def act():\n    libc.shmat.restype = ctypes.c_long\n    check(libc.shmat(0, None, 0))", SHARED),
+    "semaphores": ("def act(): check(libc.semget(4242, 1, 0o1666))", SHARED),
+    "message queue": ("def act(): check(libc.msgget(4242, 0o1666))", SHARED),
+    "named message queue": ("def act(): check(libc.mq_open(b'/wmtp-test', 0o102, 0o666, None))", SHARED),
     "list processes": ("import os\ndef act(): open('/proc/{pid}/environ').read()", FILES),
     "connect": ("import socket\ndef act(): socket.create_connection(('127.0.0.1', {port}), 1)", NETWORK),
     "abstract socket": ("import socket\ndef act(): socket.socket(socket.AF_UNIX).connect({abstract!r})", NETWORK),
@@ -451,7 +460,7 @@ def act_on_the_outside(tier, directory):
     assert tier not in FILES or (canary.read_text() == "alive" and sorted(directory.iterdir()) == [canary])
 
 
-def evaluate(code, number, arch, first=0):
+def answer_of(code, number, arch, first=0):
     """The answer of a seccomp filter, by the rules of BPF."""
     data = {0: number, 4: arch, 16: first}
     accumulator, place = 0, 0
@@ -473,24 +482,101 @@ def evaluate(code, number, arch, first=0):
 
 @pytest.mark.parametrize("which, arch, clone, clone3, kill", [(0, 0xC000003E, 56, 435, 62), (1, 0xC00000B7, 220, 435, 129)])
 @pytest.mark.parametrize("own", [None, 42])
-def test_the_filter_refuses_exactly_its_list(monkeypatch, which, arch, clone, clone3, kill, own):
+def test_the_filters_refuse_exactly_their_list(monkeypatch, which, arch, clone, clone3, kill, own):
     monkeypatch.setattr(seccomp, "architecture", lambda: which)
-    code = seccomp.program(own)
+    parts = [seccomp.ALONE] if own is not None else [seccomp.SERVER, seccomp.REST]
+    codes = [seccomp.program(part, own) for part in parts]
     allow, refuse, absent = 0x7FFF0000, 0x00050000 | errno.EPERM, 0x00050000 | errno.ENOSYS
+
+    def answer(*call, **first):  # of several filters, the kernel takes the strictest answer
+        return min(answer_of(code, *call, **first) for code in codes)
+
     denied = {numbers[which] for numbers in seccomp._DENIED.values()}
     if own is not None:
         denied |= {numbers[which] for numbers in seccomp._DENIED_SHARED.values()}
     for number in range(500):
         expected = refuse if number in denied else absent if number == clone3 else allow
-        assert evaluate(code, number, arch, first=0) == expected, number
-    assert evaluate(code, 0, arch ^ 1) == refuse
-    assert evaluate(code, clone, arch, 0x11) == allow
+        assert answer(number, arch, first=0) == expected, number
+    assert answer(0, arch ^ 1) == refuse
+    assert answer(clone, arch, 0x11) == allow
     for flag in (0x20000, 0x2000000, 0x4000000, 0x8000000, 0x10000000, 0x20000000, 0x40000000):
-        assert evaluate(code, clone, arch, flag | 0x11) == refuse
-    assert evaluate(code, kill, arch, 42) == allow
-    assert evaluate(code, kill, arch, 43) == (allow if own is None else refuse)
+        assert answer(clone, arch, flag | 0x11) == refuse
+    assert answer(kill, arch, 42) == allow
+    assert answer(kill, arch, 43) == (allow if own is None else refuse)
     if which == 0:
-        assert evaluate(code, 0x40000000 | 1, arch) == refuse
+        assert answer(0x40000000 | 1, arch) == refuse
+
+
+def test_the_fork_server_makes_namespaces_and_nothing_else():
+    code = seccomp.program(seccomp.SERVER)
+    arch = (0xC000003E, 0xC00000B7)[seccomp.architecture()]
+    denied = {name for name, numbers in seccomp._DENIED.items() if numbers[seccomp.architecture()] >= 0}
+    refused = {name for name in denied if answer_of(code, seccomp._DENIED[name][seccomp.architecture()], arch) != 0x7FFF0000}
+    assert refused == denied - {"mount"}
+    with Sandbox(SHORT) as sandbox, open(os.devnull, "r+b") as null:
+        if shutil.which("unshare") is None or subprocess.run(["unshare", "-m", "true"], stderr=subprocess.DEVNULL).returncode:
+            pytest.skip("no namespaces for this user on this machine")
+        assert sandbox.tier == confine.NAMESPACES
+        with sandbox.start(null.fileno(), null.fileno()) as sample:
+            server, inside = status(sandbox.zygote.pid), status(sample.pid)
+    reading = 1 << 2  # kept where the new user cannot read the library
+    for found, kept, filters in ((server, 1 << 21, "1"), (inside, 0, "2")):
+        assert int(found["CapEff"], 16) & ~reading == int(found["CapPrm"], 16) & ~reading == kept
+        assert int(found["CapInh"], 16) == 0 and (found["NoNewPrivs"], found["Seccomp"], found["Seccomp_filters"]) == ("1", "2", filters)
+        assert "0" not in found["Uid"].split() + found["Gid"].split()
+
+
+def status(pid):
+    return dict(line.split(":\t", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines() if ":\t" in line)
+
+
+@pytest.mark.parametrize("tier", confine.TIERS)
+def test_a_fork_server_dies_with_its_judge_even_where_it_stands_still(tier, tmp_path):
+    code = f"""
+import os, signal
+from wmtp.sandbox import Limits, Sandbox
+sandbox = Sandbox(Limits(), {tier!r})
+os.kill(sandbox.zygote.pid, signal.SIGSTOP)
+print(sandbox.zygote.pid, flush=True)
+os._exit(0)
+"""
+    made = subprocess.run([sys.executable, "-c", code], env=os.environ | {"TMPDIR": str(tmp_path)}, stdout=subprocess.PIPE, check=True)
+    deadline = time.monotonic() + 5
+    while alive(int(made.stdout)) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert not alive(int(made.stdout))
+
+
+def alive(pid):
+    try:
+        return status(pid)["State"][0] not in "ZX"
+    except FileNotFoundError:
+        return False
+
+
+def test_what_a_program_forks_draws_numbers_of_its_own():
+    program = """
+import os, random
+ends = os.pipe()
+if os.fork() == 0:
+    os.write(ends[1], repr(random.random()).encode())
+    os._exit(0)
+def add(a, b): return a + b if os.read(ends[0], 99) != repr(random.random()).encode() else None
+"""
+    assert outcome(program, ONE).verdict == "pass"
+
+
+def test_an_interrupted_start_leaves_neither_directory_nor_process(monkeypatch):
+    made = []
+
+    def interrupted(self, *_):
+        made.append(self)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Sandbox, "ask", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        Sandbox(SHORT)
+    assert not made[0].scratch.exists() and made[0].zygote.returncode is not None
 
 
 def test_a_dead_fork_server_is_an_error_of_the_harness_and_leaves_no_scratch():

@@ -187,12 +187,15 @@ def decode(form: object, resolve: Callable[[int], object]) -> object:
         raise CodecError("message nests too deeply") from None
 
 
+_COMPACT, _PLAIN = json.JSONEncoder(separators=(",", ":")), json.JSONDecoder()
+
+
 def dumps(message: object) -> bytes:
-    return json.dumps(message, separators=(",", ":")).encode("ascii")
+    return _COMPACT.encode(message).encode("ascii")
 
 
 def loads(body: bytes) -> object:
     try:
-        return json.loads(body)
+        return _PLAIN.decode(str(body, "ascii"))
     except (ValueError, RecursionError) as error:
         raise CodecError(f"message is not JSON: {str(error)[:80]}") from None

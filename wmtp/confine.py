@@ -11,7 +11,8 @@ import sys
 _PR_SET_PDEATHSIG, _PR_SET_DUMPABLE, _PR_SET_KEEPCAPS = 1, 4, 8
 _PR_SET_CHILD_SUBREAPER, _PR_SET_NO_NEW_PRIVS = 36, 38
 _CAPABILITY_VERSION_3 = 0x20080522
-_CAP_DAC_READ_SEARCH = 2
+_CAP_DAC_READ_SEARCH, _CAP_SYS_ADMIN = 2, 21
+NO_CAPABILITY, MAKE_NAMESPACES = 0, 1 << _CAP_SYS_ADMIN
 _SIGKILL = 9
 MAIN_STACK_BYTES = 64 << 20
 MAX_OPEN_FILES = 256
@@ -77,18 +78,21 @@ def set_capabilities(mask: int) -> None:
     checked(libc.capset(header, data), "capset")
 
 
-def drop_privileges(user: int | None, readable: str) -> None:
-    """Become `user` (None: stay) for good, without capabilities and without a way to gain any.
+def drop_privileges(user: int | None, readable: str, kept: int = NO_CAPABILITY) -> int:
+    """Become `user` (None: stay) for good, with the capabilities `kept` alone and without a way to gain any.
 
-    Where the new user cannot read the standard library at `readable`, the capability to read files is kept, else imports would fail.
+    Where the new user cannot read the standard library at `readable`, the capability to read files is added, else imports would fail;
+    returns it as a mask, which is 0 elsewhere.
     """
     if user is not None:
         prctl(_PR_SET_KEEPCAPS, 1)
         os.setgroups([])
         os.setresgid(user, user, user)
         os.setresuid(user, user, user)
-    set_capabilities(0 if user is None or os.access(readable, os.R_OK | os.X_OK) else 1 << _CAP_DAC_READ_SEARCH)
+    reading = NO_CAPABILITY if user is None or os.access(readable, os.R_OK | os.X_OK) else 1 << _CAP_DAC_READ_SEARCH
+    set_capabilities(kept | reading)
     prctl(_PR_SET_NO_NEW_PRIVS, 1)
+    return reading
 
 
 def _lower(kind: int, value: int) -> None:
@@ -97,15 +101,19 @@ def _lower(kind: int, value: int) -> None:
     resource.setrlimit(kind, (bound, bound))
 
 
-def set_limits(memory_bytes: int, cpu_seconds: float, file_bytes: int, processes: int) -> None:
-    """The CPU limit is a backstop: the judge reads the CPU clock from outside and is meant to act first."""
+def set_limits(memory_bytes: int, file_bytes: int) -> None:
+    """Those that a fork server can bear itself and leave to its samples."""
     _lower(resource.RLIMIT_AS, memory_bytes)
-    _lower(resource.RLIMIT_CPU, int(cpu_seconds) + 2)
     _lower(resource.RLIMIT_FSIZE, file_bytes)
     _lower(resource.RLIMIT_NOFILE, MAX_OPEN_FILES)
-    _lower(resource.RLIMIT_NPROC, processes)
     _lower(resource.RLIMIT_CORE, 0)
     _lower(resource.RLIMIT_STACK, MAIN_STACK_BYTES)
+
+
+def set_own_limits(cpu_seconds: float, processes: int) -> None:
+    """Those that only a sample can bear. That of CPU time is a backstop: the judge reads the clock from outside and acts first."""
+    _lower(resource.RLIMIT_CPU, int(cpu_seconds) + 2)
+    _lower(resource.RLIMIT_NPROC, processes)
 
 
 def processes_of(user: int) -> int:

@@ -10,6 +10,7 @@ import socket
 import sys
 import threading
 import types
+import weakref
 
 from wmtp import codec
 
@@ -23,6 +24,7 @@ class Inside:
         self.channel = channel
         self.module = types.ModuleType("__main__")
         self.objects: list[object] = []
+        self.streams = [weakref.ref(sys.stdout), weakref.ref(sys.stdout.buffer)]
 
     def refer(self, value: object) -> int:
         self.objects.append(value)
@@ -75,25 +77,15 @@ def send(channel: socket.socket, message: object) -> None:
     channel.sendall(codec.LENGTH.pack(len(body)) + body)
 
 
-def _exactly(channel: socket.socket, size: int) -> bytes:
-    parts = bytearray()
-    while len(parts) < size:
-        part = channel.recv(size - len(parts))
-        if not part:
-            os._exit(0)  # the judge has gone
-        parts += part
-    return bytes(parts)
+def _exactly(requests: io.BufferedReader, size: int) -> bytes:
+    body = requests.read(size)
+    if len(body) < size:
+        os._exit(0)  # the judge has gone
+    return body
 
 
-def receive(channel: socket.socket) -> dict:
-    return codec.loads(_exactly(channel, codec.LENGTH.unpack(_exactly(channel, codec.LENGTH.size))[0]))
-
-
-def open_streams() -> None:
-    """Programs expect real files: stream objects over descriptors 0 to 2."""
-    sys.stdin = sys.__stdin__ = open(0, encoding="utf-8", errors="surrogateescape", closefd=False)  # noqa: SIM115
-    sys.stdout = sys.__stdout__ = open(1, "w", encoding="utf-8", errors="surrogateescape", closefd=False)  # noqa: SIM115
-    sys.stderr = sys.__stderr__ = open(2, "w", encoding="utf-8", errors="backslashreplace", closefd=False)  # noqa: SIM115
+def receive(requests: io.BufferedReader) -> dict:
+    return codec.loads(_exactly(requests, codec.LENGTH.unpack(_exactly(requests, codec.LENGTH.size))[0]))
 
 
 def _add_exits(builtins: types.ModuleType) -> None:
@@ -110,11 +102,14 @@ def describe(error: BaseException) -> dict:
     return {"raised": type(error).__name__, "text": text if type(text) is str else ""}
 
 
-def finish() -> None:
-    """What an interpreter does at its end, without the cost of tearing it down: threads, atexit, unwritten text of every open file."""
+def finish(streams: list[weakref.ref]) -> None:
+    """What an interpreter does at its end, without the cost of tearing it down: threads, atexit, unwritten text of every open file.
+
+    `streams`: those older than the sample, which the collector no longer lists; where the program let go of one, it is written already.
+    """
     threading._shutdown()
     atexit._run_exitfuncs()
-    files = [thing for thing in gc.get_objects() if isinstance(thing, io.IOBase)]
+    files = [thing for thing in (*gc.get_objects(), *(stream() for stream in streams)) if isinstance(thing, io.IOBase)]
     files.sort(key=lambda file: (type(file) is io.TextIOWrapper) + 2 * (type(file) is io.BufferedWriter))
     for file in [getattr(sys, "stdout", None), *files]:
         if file is not None and not _ended(file):
@@ -140,7 +135,7 @@ def _standalone(inside: Inside, request: dict) -> None:
         send(inside.channel, describe(error))
         os._exit(1)
     try:
-        finish()
+        finish(inside.streams)
     except BaseException as error:
         send(inside.channel, describe(error))
         os._exit(1)
@@ -165,14 +160,14 @@ def answer(inside: Inside, request: dict) -> object:
 def serve(channel: socket.socket) -> None:
     import builtins
 
-    open_streams()
     _add_exits(builtins)
     random.seed(0)
     inside = Inside(channel)
     sys.modules["__main__"] = inside.module
+    requests = open(channel.fileno(), "rb", closefd=False)  # noqa: SIM115
     send(channel, {"ready": True})
     while True:
-        request = receive(channel)
+        request = receive(requests)
         if request["op"] == "load" and request["standalone"]:
             _standalone(inside, request)
         try:

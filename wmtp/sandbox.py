@@ -22,6 +22,7 @@ _ROOT = str(Path(__file__).resolve().parents[1])
 _START_SECONDS = 60.0
 _REAP_SECONDS = 30.0
 _FIRST_SAMPLE_USER = 61184
+_CHUNK_BYTES = 1 << 16
 # A sample under suspicion of a time-out is looked at no more often than this.
 _TICK_SECONDS = 0.005
 
@@ -76,8 +77,9 @@ def interpreter(entry: str) -> list[str]:
 
 
 def environment() -> dict[str, str]:
-    # One malloc arena: further ones reserve address space that counts against the memory limit.
-    return {"PYTHONHASHSEED": "0", "PATH": "/usr/bin:/bin", "LANG": "C.UTF-8", "HOME": "/tmp", "TZ": "UTC", "MALLOC_ARENA_MAX": "1"}
+    # One malloc arena: further ones reserve address space that counts against the memory limit. Bound at the start: no sample binds again.
+    own = {"PYTHONHASHSEED": "0", "LD_BIND_NOW": "1"}
+    return own | {"PATH": "/usr/bin:/bin", "LANG": "C.UTF-8", "HOME": "/tmp", "TZ": "UTC", "MALLOC_ARENA_MAX": "1"}
 
 
 class Sandbox:
@@ -107,7 +109,7 @@ class Sandbox:
         self.control.settimeout(_START_SECONDS)
         try:
             self.tier = self.ask({"op": "hello", "tier": at_most, **self.settings()})["tier"]
-        except HarnessError:
+        except BaseException:  # an interrupt or an exit too must leave no directory behind
             self.__exit__()
             raise
 
@@ -188,6 +190,7 @@ class Sample:
         self.started = time.monotonic()
         self.ended: Ended | None = None
         self.ending: dict | None = None
+        self.unread = bytearray()
         channel.setblocking(False)
         self.poll = select.poll()
         try:
@@ -250,17 +253,18 @@ class Sample:
             self.end(Ended("crash", f"not an answer: {error}"))
 
     def exactly(self, size: int) -> bytes:
-        parts = bytearray()
-        while len(parts) < size:
+        while len(self.unread) < size:
             self.wait(select.POLLIN)
             try:
-                part = self.channel.recv(size - len(parts))
+                part = self.channel.recv(_CHUNK_BYTES)
             except ConnectionResetError:
                 part = b""
             if not part:
                 self.end(self.death())
-            parts += part
-        return bytes(parts)
+            self.unread += part
+        found = bytes(self.unread[:size])
+        del self.unread[:size]
+        return found
 
     def send(self, message: object) -> None:
         body = codec.dumps(message)

@@ -2,6 +2,9 @@
 
 A deny list: what the kernel offers a process without privileges stays, ways to look into other processes, to change the system or to make
 namespaces go. `clone3` answers ENOSYS, so that the C library falls back to `clone`, whose flags a filter can read.
+
+Three filters: SERVER binds the fork server of the namespaces tier, which makes namespaces and mounts for each sample, and its samples
+inherit it; REST refuses a sample these, and costs less than the whole; ALONE is the whole, for a sample whose fork server is not bound.
 """
 
 import ctypes
@@ -27,7 +30,13 @@ _DENIED = {
     "personality": (135, 92), "syslog": (103, 116), "settimeofday": (164, 170), "clock_settime": (227, 112), "adjtimex": (159, 171),
     "clock_adjtime": (305, 266), "sethostname": (170, 161), "setdomainname": (171, 162), "vhangup": (153, 58),
     "iopl": (172, -1), "ioperm": (173, -1), "modify_ldt": (154, -1),
+    # What these make outlives the process, and the next sample is of the same user.
+    "shmget": (29, 194), "shmat": (30, 196), "shmctl": (31, 195), "semget": (64, 190), "semop": (65, 193), "semctl": (66, 191),
+    "semtimedop": (220, 192), "msgget": (68, 186), "msgsnd": (69, 189), "msgrcv": (70, 188), "msgctl": (71, 187),
+    "mq_open": (240, 180), "mq_unlink": (241, 181),
 }  # fmt: skip
+# What SERVER allows; `clone` with the flags of namespaces is the other.
+_MOUNT = "mount"
 # Without namespaces these reach other processes of the same user, or the network.
 _DENIED_SHARED = {
     "socket": (41, 198), "tkill": (200, 130), "rt_sigqueueinfo": (129, 138), "rt_tgsigqueueinfo": (297, 240),
@@ -44,6 +53,7 @@ _LOAD, _EQUAL, _AT_LEAST, _ANY_BIT, _RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
 _NUMBER_AT, _ARCH_AT, _FIRST_ARGUMENT_AT = 0, 4, 16
 _ALLOW, _ERRNO = 0x7FFF0000, 0x00050000
 _SET_MODE_FILTER, _FLAG_SPEC_ALLOW = 1, 4
+SERVER, REST, ALONE = "server", "rest", "alone"
 
 
 def architecture() -> int:
@@ -53,26 +63,28 @@ def architecture() -> int:
     return names[platform.machine()]
 
 
-def program(own_process: int | None) -> bytes:
-    """The filter as BPF instructions; `own_process`: None inside namespaces, else the only process that may be signalled."""
-    return _assembled(own_process, architecture())
+def program(part: str, own_process: int | None = None) -> bytes:
+    """The filter as BPF instructions; `own_process`: for ALONE, the only process that may be signalled."""
+    return _assembled(part, own_process, architecture())
 
 
 @functools.lru_cache(maxsize=4)
-def _assembled(own_process: int | None, which: int) -> bytes:
-    """Half a millisecond, so the fork server asks for the one of namespaces before it forks."""
+def _assembled(part: str, own_process: int | None, which: int) -> bytes:
+    """The fork server asks for REST before it forks, which keeps it for its samples."""
     refuse = (_RETURN, 0, 0, _ERRNO | errno.EPERM)
     code = [(_LOAD, 0, 0, _ARCH_AT), (_EQUAL, 1, 0, _AUDIT_ARCH[which]), refuse, (_LOAD, 0, 0, _NUMBER_AT)]
     if which == _X86_64:
         code += [(_AT_LEAST, 0, 1, _X32_BIT), refuse]
-    denied = _DENIED if own_process is None else _DENIED | _DENIED_SHARED
-    for numbers in denied.values():
-        code += [(_EQUAL, 0, 1, numbers[which]), refuse] if numbers[which] >= 0 else []
-    code += [(_EQUAL, 0, 1, _CLONE3[which]), (_RETURN, 0, 0, _ERRNO | errno.ENOSYS)]
-    for numbers in _OWN_PROCESS.values() if own_process is not None else ():
+    for name, numbers in (_DENIED | (_DENIED_SHARED if part == ALONE else {})).items():
+        wanted = part == ALONE or (name == _MOUNT) == (part == REST)
+        code += [(_EQUAL, 0, 1, numbers[which]), refuse] if wanted and numbers[which] >= 0 else []
+    if part != REST:
+        code += [(_EQUAL, 0, 1, _CLONE3[which]), (_RETURN, 0, 0, _ERRNO | errno.ENOSYS)]
+    for numbers in _OWN_PROCESS.values() if part == ALONE else ():
         code += [(_EQUAL, 0, 5, numbers[which]), (_LOAD, 0, 0, _FIRST_ARGUMENT_AT), (_EQUAL, 2, 0, own_process), (_EQUAL, 1, 0, 0)]
         code += [refuse, (_RETURN, 0, 0, _ALLOW)]
-    code += [(_EQUAL, 0, 3, _CLONE[which]), (_LOAD, 0, 0, _FIRST_ARGUMENT_AT), (_ANY_BIT, 0, 1, _NAMESPACE_FLAGS), refuse]
+    if part != SERVER:
+        code += [(_EQUAL, 0, 3, _CLONE[which]), (_LOAD, 0, 0, _FIRST_ARGUMENT_AT), (_ANY_BIT, 0, 1, _NAMESPACE_FLAGS), refuse]
     code += [(_RETURN, 0, 0, _ALLOW)]
     return b"".join(struct.pack("=HBBI", *instruction) for instruction in code)
 
@@ -81,8 +93,8 @@ class _Program(ctypes.Structure):
     _fields_ = [("length", ctypes.c_ushort), ("code", ctypes.c_char_p)]
 
 
-def install(own_process: int | None) -> None:
-    """Binds this process and all it starts; needs no_new_privs or CAP_SYS_ADMIN."""
-    code = program(own_process)
+def install(part: str, own_process: int | None = None) -> None:
+    """Binds this process and all it starts, beside what binds it already; needs no_new_privs or CAP_SYS_ADMIN."""
+    code = program(part, own_process)
     filtered = _Program(len(code) // 8, code)
     confine.syscall(_SECCOMP[architecture()], _SET_MODE_FILTER, _FLAG_SPEC_ALLOW, ctypes.addressof(filtered), what="seccomp")

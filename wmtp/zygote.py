@@ -5,6 +5,8 @@ takes over this code can at most send other answers, and answers are compared ou
 """
 
 import array
+import contextlib
+import ctypes
 import errno
 import functools
 import gc
@@ -15,12 +17,14 @@ import socket
 import sys
 from collections.abc import Callable
 
-from wmtp import codec, confine, landlock, namespaces, runtime, seccomp
+from wmtp import codec, confine, landlock, namespaces, seccomp
 
 CHANNEL = 3
-# What programs import most; a forked child finds it loaded.
+HUGE_BYTES, MADV_COLLAPSE = 1 << 21, 25
+LIBRARY = os.path.dirname(os.__file__)
+# What programs import most; a forked child finds it loaded. Not hashlib: every fork would copy the page tables of a library of 5 MB.
 PRELOADED = """abc array ast atexit bisect calendar cmath collections collections.abc contextlib copy dataclasses datetime decimal enum
-fractions functools hashlib heapq inspect io itertools json keyword math numbers operator os.path pickle queue random re statistics
+fractions functools heapq inspect io itertools json keyword math numbers operator os.path pickle queue random re statistics
 string struct textwrap threading time timeit traceback types typing unicodedata"""
 
 
@@ -39,14 +43,21 @@ def receive(control: socket.socket) -> tuple[dict, list[int]] | None:
 
 
 class World:
-    """Where samples are born: the tier decides how they are forked and confined."""
+    """Where samples are born: the tier decides how they are forked and confined.
+
+    What a sample can inherit binds this process too, once: each further step in a child costs it copies of the pages that it touches.
+    """
 
     def __init__(self, tier: str, settings: dict) -> None:
         self.tier = tier
         self.settings = settings
-        self.user = settings["user"]
-        if tier == confine.NAMESPACES and namespaces.enter(settings["root"]):
-            self.user = None  # no second user exists in this user namespace
+        confine.set_limits(settings["memory_bytes"], settings["file_bytes"])
+        if tier == confine.NAMESPACES:
+            alone = namespaces.enter(settings["root"])  # then no second user exists
+            self.kept = confine.drop_privileges(None if alone else settings["user"], LIBRARY, confine.MAKE_NAMESPACES)
+            confine.die_with_parent()  # the change of user undid it
+            seccomp.install(seccomp.SERVER)
+            seccomp.program(seccomp.REST)
 
     def fork(self) -> int:
         return namespaces.fork() if self.tier == confine.NAMESPACES else os.fork()
@@ -54,24 +65,20 @@ class World:
     def confine(self, directory: str) -> None:
         """Binds this process, a fresh child, for good."""
         settings = self.settings
+        confine.set_own_limits(settings["cpu_seconds"], settings["processes"])
         if self.tier == confine.NAMESPACES:
             namespaces.own_scratch(settings["scratch_bytes"])
+            confine.set_capabilities(self.kept)
         else:
             os.chdir(directory)
-        confine.set_limits(settings["memory_bytes"], settings["cpu_seconds"], settings["file_bytes"], settings["processes"])
-        confine.drop_privileges(self.user, os.path.dirname(os.__file__))
-        confine.die_with_parent()  # after the change of user, which would undo it
+            confine.drop_privileges(settings["user"], LIBRARY)
+        confine.die_with_parent()
         if self.tier == confine.LANDLOCK:
             landlock.install(directory)
-        if self.tier != confine.RLIMITS:
-            seccomp.install(None if self.tier == confine.NAMESPACES else os.getpid())
-
-
-def warm(world: World) -> None:
-    """Makes once what every child would make for itself."""
-    if world.tier == confine.NAMESPACES:
-        seccomp.program(None)
-    codec.loads(codec.dumps({"ready": True}))
+        if self.tier == confine.NAMESPACES:
+            seccomp.install(seccomp.REST)
+        elif self.tier != confine.RLIMITS:
+            seccomp.install(seccomp.ALONE, os.getpid())
 
 
 def find_world(settings: dict) -> World:
@@ -127,15 +134,19 @@ def readable(path: str) -> bool:
         return False
 
 
-def start(world: World, directory: str, descriptors: list[int], control: socket.socket) -> int:
-    """Forks a sample; the child never returns."""
+def start(world: World, request: dict, descriptors: list[int], control: socket.socket, fork_hooks: list[dict]) -> int:
+    """Forks a sample; the child never returns. `fork_hooks`: of `load`, for what the sample itself forks."""
+    from wmtp import runtime
+
     pid = world.fork()
     if pid == 0:
         try:
             control.close()
             os.setsid()
             take(descriptors)
-            world.confine(directory)
+            world.confine(request["directory"])
+            for hooks in fork_hooks:
+                os.register_at_fork(**hooks)
             runtime.serve(socket.socket(fileno=CHANNEL))
         finally:
             os._exit(1)
@@ -171,13 +182,35 @@ def reap(pid: int) -> dict:
                     os.kill(int(orphan), signal.SIGKILL)
 
 
-def prepare() -> socket.socket:
+def load() -> list[dict]:
+    """Imports what samples use. What this registers to run after a fork is returned and not run here: half a millisecond a sample."""
+    hooks: list[dict] = []
+    register, os.register_at_fork = os.register_at_fork, lambda **given: hooks.append(given)
     for name in PRELOADED.split():
         importlib.import_module(name)
+    from wmtp import runtime  # noqa: F401 - not before, for it registers too
+
+    os.register_at_fork = register
+    return hooks
+
+
+def collapse_heap() -> None:
+    """Asks for huge pages behind the heap, whose page tables a fork copies in larger pieces; where there are none, nothing is lost."""
+    with open("/proc/self/maps") as maps:
+        private = [fields[0] for fields in map(str.split, maps) if fields[1] == "rw-p" and fields[5:] in ([], ["[heap]"])]
+    for span in private:
+        first, end = (int(bound, 16) for bound in span.split("-"))
+        first, end = -(-first // HUGE_BYTES) * HUGE_BYTES, end // HUGE_BYTES * HUGE_BYTES
+        if first < end:
+            confine.libc.madvise(ctypes.c_void_p(first), ctypes.c_size_t(end - first), MADV_COLLAPSE)
+
+
+def prepare() -> socket.socket:
     package = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
     sys.path[:] = [entry for entry in sys.path if entry != package]
     sys.executable = os.path.realpath(sys.executable)  # a virtual environment's link leads nowhere under a private root
-    os.environ.pop("PYTHONHASHSEED")
+    for name in ("PYTHONHASHSEED", "LD_BIND_NOW"):
+        os.environ.pop(name)
     confine.adopt_orphans()
     confine.die_with_parent()
     return socket.socket(fileno=int(sys.argv[1]))
@@ -185,18 +218,20 @@ def prepare() -> socket.socket:
 
 def main() -> None:
     """Serves requests on the descriptor that argv names, one sample at a time, until the judge closes it."""
-    control = prepare()
+    fork_hooks, control = load(), prepare()
+    gc.collect()
+    with contextlib.suppress(OSError):
+        collapse_heap()
     world, pid = None, 0
     while (received := receive(control)) is not None:
         request, descriptors = received
         if request["op"] == "hello":
             world = find_world(request)
-            warm(world)
             gc.collect()
             gc.freeze()  # children neither scan nor copy what was loaded before them
             send(control, {"tier": world.tier})
         elif request["op"] == "fork":
-            pid = start(world, request["directory"], descriptors, control)
+            pid = start(world, request, descriptors, control, fork_hooks)
             send(control, {"pid": pid})
         else:
             send(control, reap(pid))

@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 from wmtp import confine
 from wmtp.records import Problem
@@ -25,7 +26,24 @@ from wmtp.sandbox import Limits, Sandbox, environment, interpreter
 __all__ = ["Limits", "Outcome", "WeakSandbox", "judge", "require_strong", "self_check", "tier"]
 
 
-@dataclasses.dataclass(frozen=True)
+class Decision(NamedTuple):
+    """A referee's word. `starved`: a time-out by the clock with CPU time to spare. `final`: it counts no further tests."""
+
+    verdict: str
+    detail: str
+    starved: bool
+    inside: bool
+    passed: int
+    final: bool
+
+
+@functools.lru_cache(maxsize=1024)
+def _decision(line: bytes) -> Decision:
+    """Equal lines give one object, so that a hundred thousand programs which pass hold no memory each."""
+    return Decision(**json.loads(line))
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class Outcome:
     """`verdict`: one of records.VERDICTS. `detail`: one line for people. `inside`: values could not cross the sandbox's border, so the
     tests ran beside the program, where a hostile one could forge them; the detail says so too. `passed`: tests, counted to the first
@@ -39,10 +57,10 @@ class Outcome:
 
 
 class Referee:
-    """One worker process; at most one job in flight."""
+    """One worker process; at most one job in flight. `cpu`: it and its samples keep to that one; None leaves it to the kernel."""
 
-    def __init__(self, limits: Limits, scratch: str) -> None:
-        self.limits = limits
+    def __init__(self, limits: Limits, scratch: str, cpu: int | None) -> None:
+        self.limits, self.cpu = limits, cpu
         self.environment = environment() | {"TMPDIR": scratch}
         self.process: subprocess.Popen | None = None
         self.start()
@@ -53,22 +71,22 @@ class Referee:
         self.process = subprocess.Popen(
             interpreter("wmtp.referee:main"), env=self.environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True
         )
+        if self.cpu is not None:
+            os.sched_setaffinity(self.process.pid, {self.cpu})
         self.write(json.dumps(dataclasses.asdict(self.limits)))
 
-    def write(self, line: str) -> None:
+    def write(self, *lines: str) -> None:
         with contextlib.suppress(BrokenPipeError):  # a dead referee shows at the next reading
-            self.process.stdin.write(line.encode() + b"\n")
+            self.process.stdin.write("".join(line + "\n" for line in lines).encode())
             self.process.stdin.flush()
 
     def give(self, job: tuple[str, str]) -> None:
         """A job of `_jobs`; the problem is sent where it is not the last one."""
         problem, program = job
-        if problem != self.told:
-            self.write(problem)
-            self.told = problem
-        self.write(program)
+        self.write(*([] if problem == self.told else [problem]), program)
+        self.told = problem
 
-    def read(self) -> dict | None:
+    def read(self) -> Decision | None:
         """The decision on the job in flight, None while the referee still counts tests.
 
         A referee that died is replaced, and what it had settled decides, else its signal.
@@ -76,8 +94,8 @@ class Referee:
         chunk = os.read(self.process.stdout.fileno(), 1 << 16)
         if chunk:
             *lines, self.unread = (self.unread + chunk).split(b"\n")
-            for decision in map(json.loads, lines):
-                if decision.pop("final"):
+            for decision in map(_decision, lines):
+                if decision.final:
                     self.settled = None
                     return decision
                 self.settled = decision
@@ -88,8 +106,9 @@ class Referee:
         if settled is not None:
             return settled
         if status == -signal.SIGALRM:
-            return {"verdict": "timeout", "detail": "comparing the program's answers did not end", "starved": False, "inside": False}
-        return {"verdict": "harness-error", "detail": f"the judging process ended with status {status}", "starved": False, "inside": False}
+            return Decision("timeout", "comparing the program's answers did not end", starved=False, inside=False, passed=0, final=True)
+        detail = f"the judging process ended with status {status}"
+        return Decision("harness-error", detail, starved=False, inside=False, passed=0, final=True)
 
     def close(self) -> None:
         self.process.kill()
@@ -98,9 +117,15 @@ class Referee:
         self.process.stdout.close()
 
 
-def _run(jobs: Sequence[tuple[str, str]], limits: Limits, workers: int, on_done: Callable[[int], None]) -> list[dict]:
+def _cpus(workers: int) -> list[int | None]:
+    """One for each worker where there are as many: a fork is cheaper where its parent never ran elsewhere. Else the kernel balances."""
+    ours = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+    return ours if len(ours) == workers else [None] * workers
+
+
+def _run(jobs: Sequence[tuple[str, str]], limits: Limits, workers: int, on_done: Callable[[int], None]) -> list[Decision]:
     """Decisions on jobs as `_jobs` makes them, in order; `on_done(index)` after each."""
-    decisions: list[dict] = [{}] * len(jobs)
+    decisions: list[Decision | None] = [None] * len(jobs)
     waiting = collections.deque(enumerate(jobs))
     poll = select.poll()
     busy: dict[int, tuple[int, Referee]] = {}
@@ -119,8 +144,8 @@ def _run(jobs: Sequence[tuple[str, str]], limits: Limits, workers: int, on_done:
         # Referees are killed, not asked to leave, so what they leave behind is removed from here.
         scratch = stack.enter_context(tempfile.TemporaryDirectory(prefix="wmtp-judge-"))
         os.chmod(scratch, 0o711)
-        for _ in range(min(workers, len(jobs))):
-            referee = Referee(limits, scratch)
+        for cpu in _cpus(min(workers, len(jobs))):
+            referee = Referee(limits, scratch, cpu)
             stack.callback(referee.close)
             give(referee)
         while busy:
@@ -175,15 +200,17 @@ def judge(
             on_done(done)
 
     decisions = _run(unique, limits, workers, count)
-    doubtful = [index for index, decision in enumerate(decisions) if decision["starved"] or decision["verdict"] == "harness-error"]
+    doubtful = [index for index, decision in enumerate(decisions) if decision.starved or decision.verdict == "harness-error"]
     retried = set(doubtful)
     for index, decision in zip(doubtful, _run([unique[index] for index in doubtful], limits, 1, lambda _: None), strict=True):
         decisions[index] = decision
-    outcomes = {
-        line: Outcome(*(found[key] for key in ("verdict", "detail", "inside")), passed=found.get("passed", 0), retried=index in retried)
-        for index, (line, found) in enumerate(zip(unique, decisions, strict=True))
-    }
-    return [outcomes[line] for line in lines]
+    numbers = {line: number for number, line in enumerate(unique)}
+    return [_outcome(decisions[number], number in retried) for number in map(numbers.__getitem__, lines)]
+
+
+@functools.lru_cache(maxsize=1024)
+def _outcome(decision: Decision, retried: bool) -> Outcome:
+    return Outcome(decision.verdict, decision.detail, decision.inside, decision.passed, retried)
 
 
 def for_references(limits: Limits) -> Limits:
