@@ -407,7 +407,7 @@ def test_a_missing_file_is_named(tmp_path):
         with pytest.raises(BundleError, match=file.name):
             verify(out, hashes=False)
         file.write_bytes(content)
-    with pytest.raises(BundleError, match=r"params.json: no such file; run the stage"):
+    with pytest.raises(BundleError, match=r"params.json: no such file; correct the path, or run the stage"):
         read_tensors(tmp_path / "nowhere")
 
 
@@ -466,7 +466,10 @@ def test_bad_adapter(tmp_path, text, said):
     [
         ({"format_version": 2}, "format_version: expected 1, found 2"),
         ({"date": "today"}, "unknown key date"),
-        ({"sha256": []}, "sha256: expected hashes of params.json, tokenizer.model, meta_adapter.yaml and the weights, found"),
+        ({"sha256": []}, r"sha256: expected a mapping, found \[\]"),
+        ({"sha256": {}}, "sha256: expected hashes of params.json, tokenizer.model, meta_adapter.yaml and the weights, found"),
+        ({"extra": None}, "extra: expected a mapping, found None; make the bundle again"),
+        ({"dropped": "x"}, "dropped: expected a list, found 'x'"),
         ({"sha256": {"params.json": "0", "tokenizer.model": "0"}}, "sha256: expected hashes of params.json"),
         ({"dtype": "bfloat16"}, "dtype: expected bfloat16 as in params.json and metadata.json, found float16"),
     ],
@@ -485,6 +488,22 @@ def test_a_dtype_other_than_the_manifests_is_found(tmp_path):
     rehash(out)
     with pytest.raises(BundleError, match=r"expected bfloat16 .*, found float16"):
         verify(out)
+
+
+def test_json_that_no_parser_can_hold_is_an_error_in_one_line(tmp_path):
+    out = write(tmp_path / "model")
+    (out / "params.json").write_text("[" * 100_000)
+    with pytest.raises(BundleError, match=r"params.json: not readable JSON: .*recursion"):
+        read_args(out)
+
+
+@pytest.mark.parametrize("index", [[], {}])
+def test_an_index_of_another_form_disagrees(tmp_path, index):
+    out = write(tmp_path / "model", shard_bytes=20_000)
+    (out / bundle.INDEX).write_text(json.dumps(index))
+    rehash(out)
+    with pytest.raises(BundleError, match="weight_map disagrees"):
+        read_tensors(out)
 
 
 def test_index_and_shards_must_agree(tmp_path):

@@ -231,6 +231,12 @@ def test_entropy_is_of_predictions_that_have_targets():
         random_model()(random_tokens(GROUPED, 2, 6), with_entropy=True)
 
 
+@pytest.mark.parametrize("first", [-1, 7])
+def test_the_first_position_is_one_of_the_rows(first):
+    with pytest.raises(ValueError, match=rf"first: expected 0\.\.6, a position of the rows, found {first}"):
+        random_model()(random_tokens(GROUPED, 2, 6), first=first)
+
+
 @pytest.mark.parametrize("first", [1, 4, 6])
 def test_positions_before_the_first_target_are_read_but_not_computed(first):
     model, tokens_BT, targets = random_model(), random_tokens(GROUPED, 2, 7), random_targets(GROUPED, 2, 7)

@@ -1,5 +1,6 @@
 """Lines of JSON between the stages: what is wrong with one is told by file and line."""
 
+import gzip
 import json
 
 import pytest
@@ -12,6 +13,18 @@ VERDICT = Verdict(task_id="t/1", benchmark="mbpp", temperature=0.8, sample=3, ve
 def test_lines_come_back_as_they_were_written(tmp_path):
     write_jsonl(tmp_path / "verdicts.jsonl", [VERDICT, VERDICT])
     assert list(read_jsonl(tmp_path / "verdicts.jsonl", Verdict)) == [VERDICT, VERDICT]
+
+
+@pytest.mark.parametrize("name", ["verdicts.jsonl", "verdicts.jsonl.gz"])
+def test_bytes_that_are_no_text_are_told_by_their_line(tmp_path, name):
+    write_jsonl(tmp_path / name, [VERDICT] * 3)
+    opened = gzip.open if name.endswith("gz") else open
+    with opened(tmp_path / name, "rb") as file:
+        lines = file.read().splitlines(keepends=True)
+    with opened(tmp_path / name, "wb") as file:
+        file.writelines([*lines[:2], b'{"detail": "\xff"}\n', *lines[2:]])
+    with pytest.raises(RecordError, match=rf"{name}:3: not a readable JSONL file: .*0xff"):
+        list(read_jsonl(tmp_path / name, Verdict))
 
 
 @pytest.mark.parametrize(

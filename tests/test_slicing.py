@@ -162,6 +162,7 @@ def test_equal_slices_have_equal_bytes(large, tmp_path):
         ({"multiple_of": 256}, "hidden_dim: a slice has at most 128, asked for 256"),
         ({"n_layers": 2}, "n_layers 2: expected n_future_tokens 3 or more"),
         ({"dim": 18}, "dim 18"),
+        ({"layers": [0.0, 1.0, 2.0]}, "layers: expected 3 ascending blocks"),
         ({"vocab_size": 259}, r"vocab_size: expected 260 \(bytes and control pieces\) to 400, asked for 259"),
         ({"layers": [0, 1]}, r"layers: expected 3 ascending blocks of 0..4, found \[0, 1\]"),
         ({"layers": [0, 2, 1]}, "layers: expected 3 ascending"),

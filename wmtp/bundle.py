@@ -18,7 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields, replace
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import yaml
 from safetensors import SafetensorError, safe_open
@@ -36,7 +36,8 @@ INDEX = "model.safetensors.index.json"
 FLOATS = ("ffn_dim_multiplier", "norm_eps", "rope_theta")
 OPTIONAL = ("ffn_dim_multiplier", "ffn_hidden_dim")
 REQUIRED = ("params.json", "tokenizer.model", "meta_adapter.yaml")
-METADATA_KEYS = ("format_version", "source", "dtype", "sha256", "dropped", "extra")
+METADATA_KEYS = {"format_version": int, "source": str, "dtype": str, "sha256": dict, "dropped": list, "extra": dict}
+KINDS = {int: "number", str: "text", dict: "mapping", list: "list"}
 
 
 class NotFinite(ArithmeticError):
@@ -267,7 +268,10 @@ def read_metadata(path: str | Path) -> dict:
     file = Path(path) / "metadata.json"
     metadata = read_json(file)
     check_keys(file, metadata, METADATA_KEYS)
-    if not isinstance(metadata["sha256"], dict) or not set(REQUIRED) <= set(metadata["sha256"]):
+    for key, kind in METADATA_KEYS.items():
+        if type(metadata[key]) is not kind:
+            raise BundleError(f"{file}: {key}: expected a {KINDS[kind]}, found {metadata[key]!r}; make the bundle again")
+    if not set(REQUIRED) <= set(metadata["sha256"]):
         raise BundleError(f"{file}: sha256: expected hashes of {', '.join(REQUIRED)} and the weights, found {metadata['sha256']!r}")
     if metadata["format_version"] != FORMAT_VERSION:
         raise BundleError(f"{file}: format_version: expected {FORMAT_VERSION}, found {metadata['format_version']}; convert again")
@@ -327,7 +331,8 @@ def locate_tensors(folder: Path, metadata: dict, args: ModelArgs) -> dict[str, P
                 places[name] = file
     check_names(str(folder), set(places), set(shapes))
     if (folder / INDEX).is_file():
-        if read_json(folder / INDEX).get("weight_map") != {name: places[name].name for name in shapes}:
+        index = read_json(folder / INDEX)
+        if not isinstance(index, dict) or index.get("weight_map") != {name: places[name].name for name in shapes}:
             raise BundleError(f"{folder / INDEX}: weight_map disagrees with the shards; make the bundle again")
     elif len(set(places.values())) > 1:
         raise BundleError(f"{folder / INDEX}: missing beside several shards; make the bundle again")
@@ -377,12 +382,12 @@ def check_keys(file: Path, found: object, expected: Iterable[str]) -> None:
             raise BundleError(f"{file}: {kind} key {min(keys)}; expected exactly {', '.join(expected)}")
 
 
-def read_json(file: Path, mend: str = "run the stage that makes it (dvc repro)") -> dict:
+def read_json(file: Path, mend: str = "correct the path, or run the stage that makes it (dvc repro)") -> Any:
     try:
         return json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise BundleError(f"{file}: no such file; {mend}") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise BundleError(f"{file}: not readable JSON: {one_line(error)}") from None
 
 

@@ -45,8 +45,6 @@ def export(bundle: str | Path, out: str | Path, dtype: str | None = None, metric
     """
     verify(bundle)
     args, metadata = read_args(bundle).with_heads(1), read_metadata(bundle)
-    if not isinstance(metadata["extra"], dict):
-        raise BundleError(f"{bundle}/metadata.json: extra: expected a mapping, found {metadata['extra']!r}; make the bundle again")
     dtype = dtype or metadata["dtype"]
     if dtype not in ITEM_BYTES:
         raise BundleError(f"dtype: expected one of {', '.join(ITEM_BYTES)}, found {dtype}")

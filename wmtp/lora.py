@@ -17,8 +17,8 @@ from wmtp.growth import load_grown
 from wmtp.model import Transformer
 
 FOLDER, CONFIG, WEIGHTS = "adapter", "adapter_config.json", "adapter_model.safetensors"
-KEYS = ("rank", "alpha", "dropout", "targets")
-FACTS = {"rank": (int,), "alpha": (int, float), "dropout": (int, float), "targets": (list,), "sha256": (dict,)}  # in metadata.json
+SETTINGS = {"rank": (int,), "alpha": (int, float), "dropout": (int, float), "targets": (list,)}
+FACTS = SETTINGS | {"sha256": (dict,)}  # in metadata.json
 ADAPTER = "default"  # peft's name of the only one
 PREFIX = "base_model.model."  # what peft puts before a parameter's name on disk
 BASE, A, B = ".base_layer.weight", f".lora_A.{ADAPTER}.weight", f".lora_B.{ADAPTER}.weight"
@@ -34,18 +34,20 @@ def attach(model: nn.Module, settings: Any, seed: int) -> None:
     B starts at 0: the model computes what it did. settings: rank, alpha, dropout, targets (names of linear layers); None: no adapters.
     """
     if settings is not None:
-        _inject(model, *(getattr(settings, key) for key in KEYS), seed=seed)
+        _inject(model, *(getattr(settings, key) for key in SETTINGS), where="training.lora", seed=seed)
 
 
-def _inject(model: nn.Module, rank: int, alpha: float, dropout: float, targets: Sequence[str], seed: int = 0) -> dict[str, nn.Parameter]:
-    """The adapter's parameters under their names on disk, once they are in the model."""
+def _inject(
+    model: nn.Module, rank: int, alpha: float, dropout: float, targets: Sequence[str], where: str, seed: int = 0
+) -> dict[str, nn.Parameter]:
+    """The adapter's parameters under their names on disk, once they are in the model. `where`: who set what comes before it."""
     try:
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError as error:
         raise LoraError(f"training.lora needs peft: {error}; pip install -c constraints.txt -e '.[lora]'") from None
     if any(name.endswith((A, B)) for name, _ in model.named_parameters()):
         raise LoraError("the model has adapters already; load its bundle again")
-    _check_targets(model, rank, targets)
+    _check_targets(model, rank, targets, where)
     config, training = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=sorted(targets)), model.training
     with torch.random.fork_rng(devices=[]):  # peft draws on the CPU, whatever the model's device
         torch.manual_seed(seed)
@@ -54,7 +56,7 @@ def _inject(model: nn.Module, rank: int, alpha: float, dropout: float, targets: 
     return {_on_disk(name): parameter for name, parameter in model.named_parameters() if name.endswith((A, B))}
 
 
-def _check_targets(model: nn.Module, rank: int, targets: Sequence[str]) -> None:
+def _check_targets(model: nn.Module, rank: int, targets: Sequence[str], where: str) -> None:
     """peft passes over a target that nothing is named after, as long as another one is found, and takes any rank."""
     smallest: dict[str, int] = {}
     for name, layer in model.named_modules():
@@ -63,10 +65,10 @@ def _check_targets(model: nn.Module, rank: int, targets: Sequence[str]) -> None:
             smallest[target] = min(*layer.weight.shape, smallest.get(target, layer.in_features))
     for target in targets:
         if target not in smallest:
-            raise LoraError(f"training.lora.targets: {target}: expected a linear layer of the model, one of {', '.join(smallest)}")
+            raise LoraError(f"{where}.targets: {target}: expected a linear layer of the model, one of {', '.join(smallest)}")
         if rank > smallest[target]:
             raise LoraError(
-                f"training.lora.rank: expected at most {smallest[target]}, the rank that {target} can have, found {rank};"
+                f"{where}.rank: expected at most {smallest[target]}, the rank that {target} can have, found {rank};"
                 f" lower it, or leave {target} out"
             )
 
@@ -89,7 +91,7 @@ def merging(settings: Any) -> Merge | None:
     def merge(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], Callable[[Path], dict[str, Any]]]:
         _check_adapters(state, settings)
         merged, adapter = split(state, settings.alpha / settings.rank)
-        return merged, lambda bundle: _write(bundle / FOLDER, adapter, {key: getattr(settings, key) for key in KEYS})
+        return merged, lambda bundle: _write(bundle / FOLDER, adapter, {key: getattr(settings, key) for key in SETTINGS})
 
     return merge
 
@@ -150,7 +152,7 @@ def load_adapted(start: str | Path, trained: str | Path, device: str | torch.dev
     facts = _check_facts(Path(trained) / "metadata.json", extra["lora"])
     _check_files(folder, facts)
     model, _ = load_grown(start, read_args(trained).n_future_tokens, device)
-    places = _inject(model, *(facts[key] for key in KEYS))
+    places = _inject(model, *(facts[key] for key in SETTINGS), where=f"{trained}/metadata.json: extra.lora")
     with open_shard(folder / WEIGHTS, "pt") as shard, torch.no_grad():
         check_names(str(folder / WEIGHTS), set(shard.keys()), set(places))
         for name, parameter in places.items():

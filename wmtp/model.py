@@ -143,8 +143,8 @@ class Transformer(nn.Module):
         ValueError where more heads are asked for than are built.
 
         With a cache, `position_BT` says where each token of each row stands (None: from the start of an empty one); earlier
-        positions are read from the cache. `first` is the caller's word that no target stands before that position: the head blocks
-        then compute nothing there.
+        positions are read from the cache. All are below its capacity; nothing checks that, since the answer would have to be waited for.
+        `first` is the caller's word that no target stands before that position: the head blocks then compute nothing there.
         """
         if targets_BTF is None and with_entropy:
             raise ValueError("with_entropy: expected with targets; without them the logits hold all of the predictions")
@@ -170,6 +170,8 @@ class Transformer(nn.Module):
         """The normed output [B, T - first, D] of each of the first `n_future` heads (default: all that are built)."""
         if cache is not None and first:
             raise ValueError(f"first: expected 0 with a cache, whose positions are told by position_BT, found {first}")
+        if not 0 <= first <= tokens_BT.shape[1]:
+            raise ValueError(f"first: expected 0..{tokens_BT.shape[1]}, a position of the rows, found {first}")
         n_future = self.n_future if n_future is None else n_future
         if not 1 <= n_future <= self.n_future:
             raise ValueError(f"n_future: expected 1..{self.n_future}, the heads that are built, found {n_future}")

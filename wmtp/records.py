@@ -171,16 +171,18 @@ def write_jsonl(path: str | Path, records: Iterable[Record]) -> None:
 
 def read_lines(path: str | Path) -> Iterator[tuple[int, str]]:
     """(line number from 1, text) of each line that is not blank, plain or .gz; an unreadable file is a RecordError."""
-    opener = gzip.open if str(path).endswith(".gz") else open
+    opener, number = gzip.open if str(path).endswith(".gz") else open, 0
     try:
-        with opener(path, "rt", encoding="utf-8") as lines:
+        with opener(path, "rb") as lines:
             for number, line in enumerate(lines, 1):
                 if line.strip():
-                    yield number, line
+                    yield number, line.decode("utf-8")
     except FileNotFoundError:
-        raise RecordError(f"{path}: no such file; run the stage that makes it (dvc repro)") from None
-    except (UnicodeDecodeError, gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise RecordError(f"{path}: not a readable JSONL file: {error}") from None
+        raise RecordError(f"{path}: no such file; correct the path, or run the stage that makes it (dvc repro)") from None
+    except UnicodeDecodeError as error:
+        raise RecordError(f"{path}:{number}: not a readable JSONL file: {error}") from None
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise RecordError(f"{path}: not a readable JSONL file: {error} behind line {number}") from None
 
 
 R = TypeVar("R", bound=Record)
@@ -210,4 +212,4 @@ def sha256_file(path: str | Path) -> str:
         with open(path, "rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except FileNotFoundError:
-        raise RecordError(f"{path}: no such file; run the stage that makes it (dvc repro)") from None
+        raise RecordError(f"{path}: no such file; correct the path, or run the stage that makes it (dvc repro)") from None

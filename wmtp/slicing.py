@@ -51,7 +51,8 @@ def build_micro(
         if getattr(small, key) > getattr(args, key):
             raise BundleError(f"{bundle}: {key}: a slice has at most {getattr(args, key)}, asked for {getattr(small, key)}")
     blocks = spread(args.n_trunk, small.n_trunk) if layers is None else layers
-    if len(blocks) != small.n_trunk or sorted(set(blocks)) != blocks or not 0 <= blocks[0] <= blocks[-1] < args.n_trunk:
+    whole = all(type(block) is int for block in blocks)
+    if not whole or len(blocks) != small.n_trunk or sorted(set(blocks)) != blocks or not 0 <= blocks[0] <= blocks[-1] < args.n_trunk:
         raise BundleError(f"layers: expected {small.n_trunk} ascending blocks of 0..{args.n_trunk - 1}, found {blocks}")
     tokenizer, rows = cut_tokenizer((Path(bundle) / "tokenizer.model").read_bytes(), vocab_size)
     n_bytes = sum(map(math.prod, tensor_shapes(small).values())) * ITEM_BYTES[metadata["dtype"]] + len(tokenizer)

@@ -1,4 +1,4 @@
-"""Control and upper bound: where the decisive place of a program is known, its tokens weigh more."""
+"""Control: where the decisive place of a program is known, its tokens weigh more."""
 
 import torch
 from torch import Tensor
