@@ -350,6 +350,7 @@ def test_a_missing_file_is_named(root, path, message):
     "path, text, message",
     [
         ("metrics/baseline/eval.json", "{", "not valid JSON"),
+        ("metrics/baseline/eval.json", "[" * 100_000, "not valid JSON: .*recursion"),
         ("metrics/baseline/eval.json", '{"humaneval": {}}', "verdicts of humaneval, mbpp, but .* has humaneval;"),
         (
             "metrics/baseline/eval.json",

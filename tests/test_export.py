@@ -119,6 +119,10 @@ def test_the_card_says_what_the_model_is_and_what_it_scored(micro, tmp_path):
     (tmp_path / "bundle/metadata.json").write_text(json.dumps(metadata))
     done = command(tmp_path / "bundle", tmp_path / "out", "--metrics", metrics)
     assert done.returncode == 0 and "a LlamaForCausalLM with its tokenizer" in done.stdout, done.stderr
+    shutil.copytree(metrics, tmp_path / "odd/rho1")
+    (tmp_path / "odd/rho1/train.json").write_text("[]")
+    odd = command(tmp_path / "bundle", tmp_path / "other", "--metrics", tmp_path / "odd/rho1")
+    assert odd.returncode == 1 and "rho1/train.json: expected a mapping, found list" in odd.stderr and "Traceback" not in odd.stderr
     shutil.copytree(metrics, tmp_path / "verifiable")
     other = command(tmp_path / "bundle", tmp_path / "other", "--metrics", tmp_path / "verifiable")
     assert other.returncode == 1 and "--metrics: expected a folder named rho1, as the model's method, found verifiable" in other.stderr

@@ -413,7 +413,6 @@ def test_right_standalone_programs_pass(program):
     assert outcome(STDIO, program).verdict == "pass"
 
 
-@pytest.mark.slow
 def test_line_ends_reach_a_program_as_they_reach_an_interpreter():
     task = problem(StdioTests(inputs=["a\r\nb"], outputs=["'a\\r\\nb'"], checker="exact"))
     assert outcome(task, "import sys\nprint(repr(sys.stdin.read()))").verdict == "pass"
@@ -424,17 +423,32 @@ def test_verdicts_that_say_the_same_are_one_object():
     assert len({id(each) for each in made}) == len(set(made)) == len(FUNCTIONS)
 
 
-def test_each_worker_keeps_to_a_cpu_where_there_is_one_for_each():
-    ours = sorted(os.sched_getaffinity(0))
-    task = problem(CallTests(calls=["cpus()"], expected=["none"]))
-    program = "import os, time\ndef cpus():\n    time.sleep(0.2)\n    return sorted(os.sched_getaffinity(0))\n"
+def test_each_worker_keeps_to_a_cpu_where_there_is_one_for_each(monkeypatch):
+    before = os.sched_getaffinity(0)
+    ours = sorted(before)[:2]
+    task = problem(CallTests(calls=["cpus()"], expected=[str(ours)]))
+    program = "import os\ndef cpus(): return sorted(os.sched_getaffinity(0))\n"
+    kept, read = [], judging.Referee.read
 
-    def seen(workers):
-        made = judge([(task, f"{program}# {number}") for number in range(2 * workers)], LIMITS, workers)
-        return {each.detail.rpartition("found ")[2] for each in made}
+    def noting(referee):
+        kept.append(sorted(os.sched_getaffinity(referee.process.pid)))
+        return read(referee)
 
-    assert seen(len(ours)) == {f"[{cpu}]" for cpu in ours}
-    assert seen(len(ours) + 1) == {str(ours)}
+    monkeypatch.setattr(judging.Referee, "read", noting)
+    os.sched_setaffinity(0, ours)
+    try:
+        for workers in (1, len(ours), len(ours) + 1):
+            kept.clear()
+            made = judge([(task, f"{program}# {number}") for number in range(2 * workers)], LIMITS, workers)
+            assert {each.verdict for each in made} == {"pass"}, made  # what a program sees does not hang on the number of workers
+            assert set(map(tuple, kept)) == ({(cpu,) for cpu in ours} if workers == len(ours) else {tuple(ours)})
+    finally:
+        os.sched_setaffinity(0, before)
+
+
+def test_a_cpu_that_has_gone_costs_no_verdict(monkeypatch):
+    monkeypatch.setattr(judging, "_cpus", lambda workers: [4095] * workers)
+    assert outcome(CHECK, RIGHT).verdict == "pass"
 
 
 @pytest.mark.slow

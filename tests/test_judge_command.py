@@ -118,7 +118,8 @@ import runpy, sys
 from wmtp import confine, seccomp
 seccomp._DENIED.update({denied})
 confine.prctl(38, 1)
-seccomp.install(None)
+seccomp.install(seccomp.REST)  # first, since the other may refuse seccomp itself
+seccomp.install(seccomp.SERVER)
 sys.argv = ["judge", *{arguments}]
 runpy.run_module("wmtp.judge", run_name="__main__")
 """

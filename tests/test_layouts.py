@@ -81,6 +81,7 @@ def test_an_array_is_read_by_item(tmp_path):
         (json.dumps([ITEM, {}]), r"item 2: task_id: Field required"),
         (json.dumps(ITEM), "expected a JSON array, found dict"),
         ("[", "not JSON"),
+        ("[" * 100_000, "not JSON: .*recursion"),
     ],
 )
 def test_a_bad_array_is_named(tmp_path, text, message):

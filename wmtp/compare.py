@@ -89,7 +89,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise CompareError(f"{path}: no such file; run the stage that makes it (dvc repro)") from None
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise CompareError(f"{path}: not valid JSON: {error}; run the stage that makes it again") from None
 
 

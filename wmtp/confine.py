@@ -3,10 +3,12 @@
 Runs in the fork server and in its children, so it imports the standard library alone.
 """
 
+import contextlib
 import ctypes
 import os
 import resource
 import sys
+from collections.abc import Sequence
 
 _PR_SET_PDEATHSIG, _PR_SET_DUMPABLE, _PR_SET_KEEPCAPS = 1, 4, 8
 _PR_SET_CHILD_SUBREAPER, _PR_SET_NO_NEW_PRIVS = 36, 38
@@ -114,6 +116,23 @@ def set_own_limits(cpu_seconds: float, processes: int) -> None:
     """Those that only a sample can bear. That of CPU time is a backstop: the judge reads the clock from outside and acts first."""
     _lower(resource.RLIMIT_CPU, int(cpu_seconds) + 2)
     _lower(resource.RLIMIT_NPROC, processes)
+
+
+def run_anywhere(cpus: Sequence[int] | None) -> None:
+    """Undoes a pinning that was inherited; CPUs that have gone meanwhile leave it as it is. None: nothing was pinned."""
+    if cpus is not None:
+        with contextlib.suppress(OSError):
+            os.sched_setaffinity(0, cpus)
+
+
+def keep_to(cpu: int | None) -> list[int] | None:
+    """Pins this process and what it starts to `cpu`; the CPUs that it had before, None where nothing is pinned. For speed alone."""
+    if cpu is None:
+        return None
+    before = sorted(os.sched_getaffinity(0))
+    with contextlib.suppress(OSError):
+        os.sched_setaffinity(0, [cpu])
+    return before
 
 
 def processes_of(user: int) -> int:

@@ -74,11 +74,11 @@ def figures_of(metrics: str | Path, extra: dict[str, Any]) -> dict[str, dict]:
     if method is not None and name != method and not name.startswith(f"{method}-"):
         raise BundleError(f"{metrics}: --metrics: expected a folder named {method}, as the model's method, found {name}")
     figures = {name: read_json(Path(metrics) / name) for name in FILES}
+    if other := [name for name, found in figures.items() if not isinstance(found, dict)]:
+        raise BundleError(f"{metrics}/{other[0]}: expected a mapping, found {type(figures[other[0]]).__name__}; evaluate the model again")
     for key, known in (("steps", extra["n_steps"]), ("train_flops", extra.get("flops"))):
-        if figures["train.json"].get(key) != known:
-            raise BundleError(
-                f"{metrics}/train.json: {key}: expected {known} as the model says of itself, found {figures['train.json'].get(key)}"
-            )
+        if (found := figures["train.json"].get(key)) != known:
+            raise BundleError(f"{metrics}/train.json: {key}: expected {known} as the model says of itself, found {found}")
     return figures
 
 

@@ -137,7 +137,7 @@ def items(path: Path, kind: type[Line], key: str = "task_id") -> Iterator[tuple[
         found = json.loads(path.read_bytes())
     except FileNotFoundError:
         raise RecordError(f"{path}: no such file; run the stage that makes it (dvc repro)") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise RecordError(f"{path}: not JSON: {error}") from None
     if not isinstance(found, list):
         raise RecordError(f"{path}: expected a JSON array, found {type(found).__name__}")

@@ -6,7 +6,6 @@ answer makes endless dies by the alarm set for each job; the parent knows that s
 
 import ast
 import builtins
-import dataclasses
 import functools
 import io
 import json
@@ -16,6 +15,7 @@ import signal
 import sys
 import types
 from collections.abc import Callable
+from typing import NamedTuple
 
 from wmtp import checkers, confine
 from wmtp.sandbox import Ended, HarnessError, Limits, Sandbox
@@ -25,8 +25,9 @@ Test = Callable[[], object]
 Settle = Callable[["Decision"], None]
 
 
-@dataclasses.dataclass(frozen=True)
-class Decision:
+class Decision(NamedTuple):
+    """`starved`: a time-out by the clock with CPU time to spare. `inside`, `passed`: as in the judge's Outcome."""
+
     verdict: str
     detail: str
     starved: bool = False
@@ -137,7 +138,7 @@ def outside(session: Session, job: dict, settle: Settle) -> Decision:
         if session.sample.ended is not None or (failure and not job["all_tests"]):
             break
         if failure:
-            settle(dataclasses.replace(failure, passed=passed))
+            settle(failure._replace(passed=passed))
         try:
             found = failure_of(session, test)
         except CannotCross:
@@ -146,7 +147,7 @@ def outside(session: Session, job: dict, settle: Settle) -> Decision:
             continue
         passed += found is None
         failure = failure or found
-    return dataclasses.replace(failure or Decision("pass", ""), passed=passed)
+    return (failure or Decision("pass", ""))._replace(passed=passed)
 
 
 def failure_of(session: Session, step: Test) -> Decision | None:
@@ -182,8 +183,8 @@ def inside(session: Session, job: dict, reason: str, settle: Settle) -> Decision
         if found and (session.sample.ended is not None or not job["all_tests"]):
             break
         if failure:
-            settle(dataclasses.replace(failure, passed=passed))
-    return dataclasses.replace(failure or Decision("pass", note, inside=True), passed=passed)
+            settle(failure._replace(passed=passed))
+    return (failure or Decision("pass", note, inside=True))._replace(passed=passed)
 
 
 def refused_inside(session: Session, step: Test, note: str) -> Decision | None:
@@ -219,18 +220,18 @@ def decide_stdio(sandbox: Sandbox, job: dict, settle: Settle) -> Decision:
         passed += found is None
         failure = failure or found
         if found and not (job["all_tests"] and found.verdict in ("fail", "error")):
-            failure = dataclasses.replace(failure, starved=found.starved)  # the count is then in doubt, if not the verdict
+            failure = failure._replace(starved=found.starved)  # the count is then in doubt, if not the verdict
             break
         if failure:
-            settle(dataclasses.replace(failure, passed=passed))
-    return dataclasses.replace(failure or Decision("pass", ""), passed=passed)
+            settle(failure._replace(passed=passed))
+    return (failure or Decision("pass", ""))._replace(passed=passed)
 
 
 def failure_on(sandbox: Sandbox, program: str, tests: dict, number: int) -> Decision | None:
     given, expected, where = tests["inputs"][number], tests["outputs"][number], f"input {number + 1} of {len(tests['inputs'])}: "
     found = run_stdio(sandbox, program, given)
     if isinstance(found, Decision):
-        return dataclasses.replace(found, detail=where + found.detail)
+        return found._replace(detail=where + found.detail)
     if checkers.CHECKERS[tests["checker"]](found, expected):
         return None
     return Decision("fail", f"{where}expected {expected.strip()[:80]!r}, found {found.strip()[:80]!r}")
@@ -289,8 +290,9 @@ def main() -> None:
         os.dup2(null.fileno(), 1)  # a test may print
     confine.hide_from_tracers()
     confine.die_with_parent()
-    limits = Limits(**json.loads(sys.stdin.readline()))
-    sandbox = Sandbox(limits)
+    told = json.loads(sys.stdin.readline())
+    cpus, limits = confine.keep_to(told["cpu"]), Limits(**told["limits"])
+    sandbox = Sandbox(limits, cpus=cpus)
     problem: dict = {}
     for line in sys.stdin:
         fields = json.loads(line)
@@ -308,12 +310,18 @@ def main() -> None:
         except HarnessError as error:
             decision = settled[-1] if settled else Decision("harness-error", str(error))
             sandbox.__exit__()
-            sandbox = Sandbox(limits)
+            sandbox = Sandbox(limits, cpus=cpus)
         reply(replies, decision, final=True)
     sandbox.__exit__()
 
 
 def reply(replies: io.TextIOBase, decision: Decision, final: bool) -> None:
-    line = dataclasses.asdict(decision) | {"detail": printable(decision.detail), "final": final}
-    replies.write(json.dumps(line) + "\n")
+    replies.write(json.dumps([*decision._replace(detail=printable(decision.detail)), final]) + "\n")
     replies.flush()
+
+
+@functools.lru_cache(maxsize=1024)
+def replied(line: bytes) -> tuple[Decision, bool]:
+    """What `reply` wrote. Equal lines give one object, so that a hundred thousand programs which pass hold no memory each."""
+    *decision, final = json.loads(line)
+    return Decision(*decision), final

@@ -4,6 +4,7 @@ What holds depends on the tier that the fork server found (`Sandbox.tier`); see 
 and in the tier `rlimits` acts against other files and processes of the same user.
 """
 
+import contextlib
 import dataclasses
 import os
 import select
@@ -14,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from wmtp import codec, confine
@@ -85,33 +87,39 @@ def environment() -> dict[str, str]:
 class Sandbox:
     """One fork server; `start` gives samples, one at a time. A context manager: leaving it kills whatever is left.
 
-    `tier` is the isolation found in force; `at_most` keeps a stronger one from being tried.
+    `tier` is the isolation found in force; `at_most` keeps a stronger one from being tried. `cpus`: those of samples, where this process
+    was pinned to fewer.
     """
 
-    def __init__(self, limits: Limits, at_most: str | None = None) -> None:
-        self.limits = limits
+    def __init__(self, limits: Limits, at_most: str | None = None, cpus: Sequence[int] | None = None) -> None:
+        self.limits, self.cpus = limits, cpus
         self.serial = 0
-        self.scratch = Path(tempfile.mkdtemp(prefix="wmtp-judge-"))
-        self.scratch.chmod(0o711)
-        self.control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self.errors = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the fork server
-        with theirs:
-            self.zygote = subprocess.Popen(
-                [*interpreter("wmtp.zygote:main"), str(theirs.fileno())],
-                env=environment(),
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=self.errors,
-                pass_fds=[theirs.fileno()],
-                cwd="/",
-                start_new_session=True,
-            )
-        self.control.settimeout(_START_SECONDS)
-        try:
+        with contextlib.ExitStack() as stack:  # an interrupt or an exit too must leave neither process nor directory behind
+            self.scratch = Path(tempfile.mkdtemp(prefix="wmtp-judge-"))
+            stack.callback(lambda: _remove(self.scratch))
+            self.scratch.chmod(0o711)
+            self.errors = stack.enter_context(tempfile.TemporaryFile())
+            self.control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            stack.callback(self.control.close)
+            with theirs:
+                self.zygote = subprocess.Popen(
+                    [*interpreter("wmtp.zygote:main"), str(theirs.fileno())],
+                    env=environment(),
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.DEVNULL,
+                    stderr=self.errors,
+                    pass_fds=[theirs.fileno()],
+                    cwd="/",
+                    start_new_session=True,
+                )
+            stack.callback(self.kill)
+            self.control.settimeout(_START_SECONDS)
             self.tier = self.ask({"op": "hello", "tier": at_most, **self.settings()})["tier"]
-        except BaseException:  # an interrupt or an exit too must leave no directory behind
-            self.__exit__()
-            raise
+            self.held = stack.pop_all()
+
+    def kill(self) -> None:
+        self.zygote.kill()
+        self.zygote.wait()
 
     def settings(self) -> dict:
         """What holds for every sample of this fork server."""
@@ -122,6 +130,7 @@ class Sandbox:
         return {
             "root": str(root),
             "user": user,
+            "cpus": self.cpus,
             "processes": confine.MAX_PROCESSES + (0 if user is not None else confine.processes_of(os.geteuid())),
             "memory_bytes": self.limits.memory_mb << 20,
             "cpu_seconds": self.limits.cpu_seconds,
@@ -133,11 +142,7 @@ class Sandbox:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.control.close()
-        self.zygote.kill()
-        self.zygote.wait()
-        self.errors.close()
-        _remove(self.scratch)
+        self.held.close()
 
     def ask(self, request: dict, descriptors: tuple[int, ...] = ()) -> dict:
         """One request to the fork server; anything but an answer is a HarnessError that carries its last words."""

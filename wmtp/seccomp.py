@@ -4,7 +4,7 @@ A deny list: what the kernel offers a process without privileges stays, ways to 
 namespaces go. `clone3` answers ENOSYS, so that the C library falls back to `clone`, whose flags a filter can read.
 
 Three filters: SERVER binds the fork server of the namespaces tier, which makes namespaces and mounts for each sample, and its samples
-inherit it; REST refuses a sample these, and costs less than the whole; ALONE is the whole, for a sample whose fork server is not bound.
+inherit it; REST refuses a sample these, and costs less than the whole; WHOLE is the whole, for a sample whose fork server is not bound.
 """
 
 import ctypes
@@ -30,7 +30,9 @@ _DENIED = {
     "personality": (135, 92), "syslog": (103, 116), "settimeofday": (164, 170), "clock_settime": (227, 112), "adjtimex": (159, 171),
     "clock_adjtime": (305, 266), "sethostname": (170, 161), "setdomainname": (171, 162), "vhangup": (153, 58),
     "iopl": (172, -1), "ioperm": (173, -1), "modify_ldt": (154, -1),
-    # What these make outlives the process, and the next sample is of the same user.
+    # What these make outlives the process, and the next sample is of the same user and in the same namespaces. A socket that has a name
+    # and is on its way through itself is closed later than its process, by the kernel's own collector.
+    "bind": (49, 200),
     "shmget": (29, 194), "shmat": (30, 196), "shmctl": (31, 195), "semget": (64, 190), "semop": (65, 193), "semctl": (66, 191),
     "semtimedop": (220, 192), "msgget": (68, 186), "msgsnd": (69, 189), "msgrcv": (70, 188), "msgctl": (71, 187),
     "mq_open": (240, 180), "mq_unlink": (241, 181),
@@ -53,7 +55,7 @@ _LOAD, _EQUAL, _AT_LEAST, _ANY_BIT, _RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
 _NUMBER_AT, _ARCH_AT, _FIRST_ARGUMENT_AT = 0, 4, 16
 _ALLOW, _ERRNO = 0x7FFF0000, 0x00050000
 _SET_MODE_FILTER, _FLAG_SPEC_ALLOW = 1, 4
-SERVER, REST, ALONE = "server", "rest", "alone"
+SERVER, REST, WHOLE = "server", "rest", "whole"
 
 
 def architecture() -> int:
@@ -64,7 +66,7 @@ def architecture() -> int:
 
 
 def program(part: str, own_process: int | None = None) -> bytes:
-    """The filter as BPF instructions; `own_process`: for ALONE, the only process that may be signalled."""
+    """The filter as BPF instructions; `own_process`: for WHOLE, the only process that may be signalled."""
     return _assembled(part, own_process, architecture())
 
 
@@ -75,12 +77,12 @@ def _assembled(part: str, own_process: int | None, which: int) -> bytes:
     code = [(_LOAD, 0, 0, _ARCH_AT), (_EQUAL, 1, 0, _AUDIT_ARCH[which]), refuse, (_LOAD, 0, 0, _NUMBER_AT)]
     if which == _X86_64:
         code += [(_AT_LEAST, 0, 1, _X32_BIT), refuse]
-    for name, numbers in (_DENIED | (_DENIED_SHARED if part == ALONE else {})).items():
-        wanted = part == ALONE or (name == _MOUNT) == (part == REST)
+    for name, numbers in (_DENIED | (_DENIED_SHARED if part == WHOLE else {})).items():
+        wanted = part == WHOLE or (name == _MOUNT) == (part == REST)
         code += [(_EQUAL, 0, 1, numbers[which]), refuse] if wanted and numbers[which] >= 0 else []
     if part != REST:
         code += [(_EQUAL, 0, 1, _CLONE3[which]), (_RETURN, 0, 0, _ERRNO | errno.ENOSYS)]
-    for numbers in _OWN_PROCESS.values() if part == ALONE else ():
+    for numbers in _OWN_PROCESS.values() if part == WHOLE else ():
         code += [(_EQUAL, 0, 5, numbers[which]), (_LOAD, 0, 0, _FIRST_ARGUMENT_AT), (_EQUAL, 2, 0, own_process), (_EQUAL, 1, 0, 0)]
         code += [refuse, (_RETURN, 0, 0, _ALLOW)]
     if part != SERVER:

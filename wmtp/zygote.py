@@ -53,8 +53,8 @@ class World:
         self.settings = settings
         confine.set_limits(settings["memory_bytes"], settings["file_bytes"])
         if tier == confine.NAMESPACES:
-            alone = namespaces.enter(settings["root"])  # then no second user exists
-            self.kept = confine.drop_privileges(None if alone else settings["user"], LIBRARY, confine.MAKE_NAMESPACES)
+            mapped = namespaces.enter(settings["root"])  # then no second user exists
+            self.kept = confine.drop_privileges(None if mapped else settings["user"], LIBRARY, confine.MAKE_NAMESPACES)
             confine.die_with_parent()  # the change of user undid it
             seccomp.install(seccomp.SERVER)
             seccomp.program(seccomp.REST)
@@ -65,6 +65,7 @@ class World:
     def confine(self, directory: str) -> None:
         """Binds this process, a fresh child, for good."""
         settings = self.settings
+        confine.run_anywhere(settings["cpus"])
         confine.set_own_limits(settings["cpu_seconds"], settings["processes"])
         if self.tier == confine.NAMESPACES:
             namespaces.own_scratch(settings["scratch_bytes"])
@@ -78,7 +79,7 @@ class World:
         if self.tier == confine.NAMESPACES:
             seccomp.install(seccomp.REST)
         elif self.tier != confine.RLIMITS:
-            seccomp.install(seccomp.ALONE, os.getpid())
+            seccomp.install(seccomp.WHOLE, os.getpid())
 
 
 def find_world(settings: dict) -> World:

@@ -17,30 +17,13 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
 
 from wmtp import confine
 from wmtp.records import Problem
+from wmtp.referee import Decision, replied
 from wmtp.sandbox import Limits, Sandbox, environment, interpreter
 
 __all__ = ["Limits", "Outcome", "WeakSandbox", "judge", "require_strong", "self_check", "tier"]
-
-
-class Decision(NamedTuple):
-    """A referee's word. `starved`: a time-out by the clock with CPU time to spare. `final`: it counts no further tests."""
-
-    verdict: str
-    detail: str
-    starved: bool
-    inside: bool
-    passed: int
-    final: bool
-
-
-@functools.lru_cache(maxsize=1024)
-def _decision(line: bytes) -> Decision:
-    """Equal lines give one object, so that a hundred thousand programs which pass hold no memory each."""
-    return Decision(**json.loads(line))
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -57,7 +40,7 @@ class Outcome:
 
 
 class Referee:
-    """One worker process; at most one job in flight. `cpu`: it and its samples keep to that one; None leaves it to the kernel."""
+    """One worker process; at most one job in flight. `cpu`: it and its fork server keep to that one; None leaves it to the kernel."""
 
     def __init__(self, limits: Limits, scratch: str, cpu: int | None) -> None:
         self.limits, self.cpu = limits, cpu
@@ -71,9 +54,7 @@ class Referee:
         self.process = subprocess.Popen(
             interpreter("wmtp.referee:main"), env=self.environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True
         )
-        if self.cpu is not None:
-            os.sched_setaffinity(self.process.pid, {self.cpu})
-        self.write(json.dumps(dataclasses.asdict(self.limits)))
+        self.write(json.dumps({"cpu": self.cpu, "limits": dataclasses.asdict(self.limits)}))
 
     def write(self, *lines: str) -> None:
         with contextlib.suppress(BrokenPipeError):  # a dead referee shows at the next reading
@@ -94,8 +75,8 @@ class Referee:
         chunk = os.read(self.process.stdout.fileno(), 1 << 16)
         if chunk:
             *lines, self.unread = (self.unread + chunk).split(b"\n")
-            for decision in map(_decision, lines):
-                if decision.final:
+            for decision, final in map(replied, lines):
+                if final:
                     self.settled = None
                     return decision
                 self.settled = decision
@@ -106,9 +87,8 @@ class Referee:
         if settled is not None:
             return settled
         if status == -signal.SIGALRM:
-            return Decision("timeout", "comparing the program's answers did not end", starved=False, inside=False, passed=0, final=True)
-        detail = f"the judging process ended with status {status}"
-        return Decision("harness-error", detail, starved=False, inside=False, passed=0, final=True)
+            return Decision("timeout", "comparing the program's answers did not end")
+        return Decision("harness-error", f"the judging process ended with status {status}")
 
     def close(self) -> None:
         self.process.kill()
