@@ -418,6 +418,22 @@ def test_line_ends_reach_a_program_as_they_reach_an_interpreter():
     assert outcome(task, "import sys\nprint(repr(sys.stdin.read()))").verdict == "pass"
 
 
+@pytest.mark.parametrize(
+    ("before", "verdict", "told"),
+    [
+        ("import nosuchmodule", "harness-error", "the test itself fails: ModuleNotFoundError: No module named 'nosuchmodule'; mend"),
+        ("{}['x']", "harness-error", "the test itself fails: KeyError: 'x'; mend the problem"),
+        ("assert add(1, 2) == 4", "fail", "AssertionError"),
+        ("missing(1)", "error", "NameError: name 'missing' is not defined"),
+        ("add(1, 'a')", "error", "TypeError"),
+    ],
+)
+def test_a_test_that_fails_of_itself_is_no_failure_of_the_program(before, verdict, told):
+    text = f"{before}\ndef check(candidate):\n    assert candidate(1, 2) == 3\n"
+    made = outcome(problem(CheckTests(entry_point="add", test=text)), RIGHT)
+    assert made.verdict == verdict and told in made.detail, made
+
+
 def test_verdicts_that_say_the_same_are_one_object():
     made = judge([(task, f"{RIGHT}# {number}\n") for number in range(3) for task in FUNCTIONS.values()], LIMITS, 1)
     assert len({id(each) for each in made}) == len(set(made)) == len(FUNCTIONS)

