@@ -194,6 +194,23 @@ def test_a_k_that_is_none_is_one_line_before_anything_runs(tmp_path, k):
     assert done.returncode == 1 and done.stderr.startswith("judge: --k: expected whole numbers") and done.stderr.count("\n") == 1
 
 
+def test_a_sample_on_which_the_judge_failed_has_no_verdict_and_no_score(tmp_path):
+    broken = [PROBLEMS[0], PROBLEMS[1] | {"test": "import nosuchmodule\n" + PROBLEMS[1]["test"]}]
+    problems, drawn = lines(tmp_path / "p.jsonl", broken), lines(tmp_path / "s.jsonl", samples(n=1, right_1=1))
+    done = command(problems, drawn, "--out", tmp_path / "v.jsonl", "--k", "1")
+    assert done.returncode == 2 and "pass@1" not in done.stdout and "1 samples could not be judged" in done.stderr
+    assert [json.loads(line)["passed"] for line in (tmp_path / "v.jsonl").read_text().splitlines()] == [True, None]
+
+
+def test_one_problem_has_no_standard_error_and_a_solution_no_protocol(tmp_path):
+    problems = lines(tmp_path / "p.jsonl", PROBLEMS[:1])
+    done = command(problems, lines(tmp_path / "s.jsonl", samples()[:3]), "--out", tmp_path / "v.jsonl", "--k", "1")
+    assert done.returncode == 0 and "pass@1  66.67 (of one problem: no standard error)" in done.stdout
+    solutions = lines(tmp_path / "t.jsonl", samples(field="solution")[:3])
+    done = command(problems, solutions, "--out", tmp_path / "w.jsonl", "--protocol", "humaneval/codex")
+    assert done.returncode == 1 and "t.jsonl:1: a solution is a whole program" in done.stderr and not (tmp_path / "w.jsonl").exists()
+
+
 def test_ks_of_which_none_can_be_estimated_are_no_success(tmp_path):
     problems, drawn = lines(tmp_path / "p.jsonl", PROBLEMS), lines(tmp_path / "s.jsonl", samples())
     done = command(problems, drawn, "--out", tmp_path / "v.jsonl", "--k", "4,5")
@@ -277,6 +294,7 @@ def test_verdicts_that_cannot_be_written_are_one_line(tmp_path):
     device.symlink_to("/dev/full")
     done = command(problems, drawn, "--out", device)
     assert done.returncode == 1 and "full: the verdicts cannot be written: No space left on device" in done.stderr
+    assert "pass@1" in done.stdout, "the figures are not lost with the file"
     assert os.stat("/dev/full").st_rdev == before.st_rdev and device.is_symlink(), "a device is written into, never replaced"
 
 
